@@ -1,0 +1,88 @@
+"""Reward models that read critiques: the public names, loaded when they are first used."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "CriticError",
+    "CriticMismatch",
+    "Critique",
+    "CritiqueCache",
+    "CritiquedPair",
+    "CritrmError",
+    "DataError",
+    "EvalResult",
+    "LocalChat",
+    "Message",
+    "ModelError",
+    "OpenAIChat",
+    "Outcome",
+    "PreferencePair",
+    "RewardModel",
+    "Sampling",
+    "Score",
+    "ScriptedChat",
+    "StorageError",
+    "augment_pairs",
+    "critique_pairs",
+    "read_critiques",
+    "read_pairs",
+    "run_recipe",
+    "train_reward_model",
+]
+
+if TYPE_CHECKING:
+    from critrm.augment import augment_pairs
+    from critrm.critique import critique_pairs, read_critiques
+    from critrm.errors import ConfigError, CriticError, CriticMismatch, CritrmError, DataError, ModelError, StorageError
+    from critrm.llm import OpenAIChat, Sampling, ScriptedChat
+    from critrm.local_llm import LocalChat
+    from critrm.pipeline import run_recipe
+    from critrm.preferences import read_pairs
+    from critrm.reward_model import RewardModel
+    from critrm.store import CritiqueCache
+    from critrm.train import train_reward_model
+    from critrm.types import Critique, CritiquedPair, EvalResult, Message, Outcome, PreferencePair, Score
+else:
+    _HOME = {
+        "ConfigError": "errors",
+        "CriticError": "errors",
+        "CriticMismatch": "errors",
+        "Critique": "types",
+        "CritiqueCache": "store",
+        "CritiquedPair": "types",
+        "CritrmError": "errors",
+        "DataError": "errors",
+        "EvalResult": "types",
+        "LocalChat": "local_llm",
+        "Message": "types",
+        "ModelError": "errors",
+        "OpenAIChat": "llm",
+        "Outcome": "types",
+        "PreferencePair": "types",
+        "RewardModel": "reward_model",
+        "Sampling": "llm",
+        "Score": "types",
+        "ScriptedChat": "llm",
+        "StorageError": "errors",
+        "augment_pairs": "augment",
+        "critique_pairs": "critique",
+        "read_critiques": "critique",
+        "read_pairs": "preferences",
+        "run_recipe": "pipeline",
+        "train_reward_model": "train",
+    }
+
+    # Lazy (PEP 562), so that `import critrm` costs milliseconds and a core install needs no torch.
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module 'critrm' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"critrm.{_HOME[name]}"), name)
+        globals()[name] = value  # found directly from now on
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m critrm` is `critrm`."""
+
+from critrm.cli import main
+
+main()

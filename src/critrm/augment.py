@@ -1,0 +1,235 @@
+"""Stage 2: pairs and critiques become critiqued pairs, one pair set for all arms (section 3.2).
+
+Every arm (No-Critiques and one per critic) holds the same pairs in the same order; only the critique differs. A pair
+that cannot be used in one arm is dropped from all of them, and counted by its reason.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from critrm.critique import read_critiques
+from critrm.errors import ConfigError, DataError
+from critrm.models import load_tokenizer
+from critrm.preferences import read_pairs
+from critrm.prompts import reward_segments
+from critrm.store import write_records, write_text
+from critrm.types import NO_CRITIC, SIDES, Critique, CritiquedPair, PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many tokens a reward model reads per completion, and what is never cut below a share of them."""
+
+    max_length: int = 2048
+    """Prompt + completion + critique, in tokens."""
+    min_share: float = 0.25
+    """The prompt and the completion each keep at least this share of `max_length` before the critique is touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """The tokens of one pair, by segment, after trimming to the budget."""
+
+    prompt: Tokens
+    completions: tuple[Tokens, Tokens]
+    critiques: tuple[Tokens, Tokens]
+    n_cut: tuple[int, int, int]
+    """Tokens cut from the prompt, the completions and the critiques."""
+
+    @property
+    def branches(self) -> tuple[Tokens, Tokens]:
+        """What follows the shared prompt: completion and critique of the chosen, then of the rejected side."""
+        return (self.completions[0] + self.critiques[0], self.completions[1] + self.critiques[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Augmented:
+    """The arms, over one set of pairs, and what it took to get there."""
+
+    arms: dict[str, tuple[CritiquedPair, ...]]
+    """Critic's name -> critiqued pairs; always holds the No-Critiques arm."""
+    dropped: dict[str, str]
+    """Pair id -> why it is in no arm."""
+    trimmed: dict[str, dict[str, int]]
+    """Critic's name -> segment -> how many pairs had it cut to the budget."""
+
+    def summary(self) -> dict[str, object]:
+        """Counts of kept, trimmed and dropped pairs, dropped by reason."""
+        n_kept = len(self.arms[NO_CRITIC])
+        return {"kept": n_kept, "dropped": dict(Counter(self.dropped.values())), "trimmed": self.trimmed}
+
+
+def segment_pair(item: CritiquedPair, encode: Callable[[str], Tokens], budget: Budget) -> Segments:
+    """Tokenize a critiqued pair by segments and trim it to the budget.
+
+    The beginning of the prompt goes first, then the end of a completion, the critique last: it is the signal.
+
+    Args:
+        item: the pair with its critiques.
+        encode: text to token ids, without special tokens; text that spells one stays text.
+        budget: how long prompt + completion + critique may be.
+    """
+    texts = [reward_segments(item.pair.prompt, item.pair.completion(side), item.critique(side)) for side in SIDES]
+    prompt = encode(texts[0][0])
+    completions, critiques = [encode(text[1]) for text in texts], [encode(text[2]) for text in texts]
+    floor = int(budget.max_length * budget.min_share)
+
+    excess = max(len(prompt) + len(y) + len(c) for y, c in zip(completions, critiques, strict=True)) - budget.max_length
+    n_prompt = min(len(prompt), max(floor, len(prompt) - max(excess, 0)))
+    n_cut = [len(prompt) - n_prompt, 0, 0]
+    prompt = prompt[len(prompt) - n_prompt :]
+    for side in range(2):
+        room = budget.max_length - n_prompt - len(critiques[side])
+        n_kept = min(len(completions[side]), max(floor, room))
+        n_cut[1] += len(completions[side]) - n_kept
+        completions[side] = completions[side][:n_kept]
+        room = budget.max_length - n_prompt - n_kept
+        n_cut[2] += max(len(critiques[side]) - room, 0)
+        critiques[side] = critiques[side][:room]
+    return Segments(
+        prompt, (completions[0], completions[1]), (critiques[0], critiques[1]), (n_cut[0], n_cut[1], n_cut[2])
+    )
+
+
+def augment_pairs(
+    pairs: Sequence[PreferencePair],
+    critiques: Mapping[str, Sequence[Critique]],
+    *,
+    encode: Callable[[str], Tokens] | None = None,
+    budget: Budget | None = None,
+) -> Augmented:
+    """Join pairs with the critiques of each critic and keep the pairs that every arm can use.
+
+    Args:
+        pairs: the preference pairs.
+        critiques: critic's name -> its critiques; failed ones count as missing.
+        encode: tokenizer function; given, pairs that become identical within the budget are dropped, and cuts counted.
+        budget: the token budget; `Budget()` when None.
+
+    Raises:
+        ConfigError: a critic has the name of the No-Critiques arm.
+        DataError: a critic has critiques of none of the pairs, or no pair is left.
+    """
+    if NO_CRITIC in critiques:
+        raise ConfigError(f"a critic cannot be called {NO_CRITIC!r}: that is the No-Critiques arm")
+    dropped: dict[str, str] = {}
+    arms: dict[str, dict[str, CritiquedPair]] = {NO_CRITIC: {pair.id: CritiquedPair(pair=pair) for pair in pairs}}
+    for critic, rows in critiques.items():
+        arms[critic] = _join(pairs, critic, rows, dropped)
+    trimmed: dict[str, dict[str, int]] = {}
+    if encode is not None:
+        for critic, arm in arms.items():
+            trimmed[critic] = _measure(arm, encode, budget or Budget(), dropped)
+    kept = [pair.id for pair in pairs if pair.id not in dropped]
+    if not kept:
+        raise DataError(f"no pair is left of {len(pairs)}: {dict(Counter(dropped.values()))}")
+    return Augmented({critic: tuple(arm[pair_id] for pair_id in kept) for critic, arm in arms.items()}, dropped, trimmed)
+
+
+def _join(
+    pairs: Sequence[PreferencePair], critic: str, rows: Sequence[Critique], dropped: dict[str, str]
+) -> dict[str, CritiquedPair]:
+    texts = {(row.pair_id, row.side): row.text for row in rows if not row.failure and row.text.strip()}
+    arm = {}
+    for pair in pairs:
+        found = [texts.get((pair.id, side), "") for side in SIDES]
+        if all(found):
+            arm[pair.id] = CritiquedPair(
+                pair=pair, critic=critic, chosen_critique=found[0], rejected_critique=found[1]
+            )
+        else:
+            dropped.setdefault(pair.id, f"no critique by {critic} of " + ("one side" if any(found) else "both sides"))
+    if not arm:
+        raise DataError(
+            f"the critiques by {critic!r} cover none of the {len(pairs)} pairs on both sides "
+            f"(pair ids such as {rows[0].pair_id if rows else '-'!r}; expected such as {pairs[0].id!r})",
+            field="pair_id",
+        )
+    return arm
+
+
+def _measure(
+    arm: Mapping[str, CritiquedPair], encode: Callable[[str], Tokens], budget: Budget, dropped: dict[str, str]
+) -> dict[str, int]:
+    n_trimmed = Counter({"prompt": 0, "completion": 0, "critique": 0})
+    for pair_id, item in arm.items():
+        segments = segment_pair(item, encode, budget)
+        if segments.completions[0] == segments.completions[1]:
+            dropped.setdefault(pair_id, "completions identical within the token budget")
+        for name, n_cut in zip(("prompt", "completion", "critique"), segments.n_cut, strict=True):
+            n_trimmed[name] += n_cut > 0
+    return dict(n_trimmed)
+
+
+def text_encoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], Tokens]:
+    """A tokenizer as a plain function from text to ids, special tokens neither added nor recognised.
+
+    Text of a user or model that spells a control token (`<|im_end|>`) is encoded as the characters it consists of.
+    """
+    return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+
+
+def command(
+    pairs: Path,
+    *,
+    out: Path,
+    critiques: tuple[Path, ...] = (),
+    backbone: str = "",
+    max_length: int = 2048,
+    split: str = "",
+    skip_bad: bool = False,
+) -> None:
+    """Join pairs and critiques into arms that share one set of pairs.
+
+    Args:
+        pairs: the preference pairs, in any dialect that `critrm preferences` reads.
+        out: folder that gets one `<critic>.jsonl` per arm and `augment.json` with the counts.
+        critiques: critique files, one per critic; the critic's name is the file's unless its rows say otherwise.
+        backbone: the model to be trained; given, texts are measured with its tokenizer.
+        max_length: tokens of prompt + completion + critique that the reward model reads.
+        split: only pairs of this split.
+        skip_bad: leave out rows that cannot be read instead of stopping at the first.
+    """
+    named: dict[str, list[Critique]] = {}
+    for path in critiques:
+        for row in read_critiques(path):
+            named.setdefault(row.critic, []).append(row)
+    encode = text_encoder(load_tokenizer(backbone)) if backbone else None
+    found = read_pairs(pairs, split=split, skip_bad=skip_bad).pairs
+    augmented = augment_pairs(found, named, encode=encode, budget=Budget(max_length))
+    write_augmented(out, augmented)
+    table = Table(title=f"{len(augmented.arms[NO_CRITIC])} pairs in each arm, {len(augmented.dropped)} dropped")
+    table.add_column("arm or reason")
+    table.add_column("pairs", justify="right")
+    for reason, count in Counter(augmented.dropped.values()).items():
+        table.add_row(f"dropped: {reason}", str(count))
+    for critic, arm in augmented.arms.items():
+        cuts = ", ".join(f"{n} {name}s cut" for name, n in augmented.trimmed.get(critic, {}).items() if n)
+        table.add_row(critic + (f" ({cuts})" if cuts else ""), str(len(arm)))
+    Console().print(table)
+
+
+def write_augmented(folder: Path, augmented: Augmented) -> None:
+    """Write one JSONL file per arm, and the counts with the dropped pairs' reasons."""
+    for critic, arm in augmented.arms.items():
+        write_records(folder / f"{file_name(critic)}.jsonl", arm)
+    facts = augmented.summary() | {"dropped_pairs": augmented.dropped}
+    write_text(folder / "augment.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def file_name(critic: str) -> str:
+    """A critic's name as a file or folder name: model names hold slashes and colons."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in critic).strip(".") or "critic"
+

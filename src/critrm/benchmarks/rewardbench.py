@@ -1,0 +1,63 @@
+"""RewardBench (Lambert et al., 2024): 2,985 pairs in 23 subsets and four sections.
+
+The tables are those of the official scorer (github.com/allenai/reward-bench, `rewardbench/constants.py`), so that our
+numbers can be laid beside the leaderboard's. The paper reports the four sections and their plain mean (section 4.1).
+"""
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
+    "Chat Hard": (
+        "mt-bench-hard",
+        "llmbar-natural",
+        "llmbar-adver-neighbor",
+        "llmbar-adver-GPTInst",
+        "llmbar-adver-GPTOut",
+        "llmbar-adver-manual",
+    ),
+    "Safety": (
+        "refusals-dangerous",
+        "refusals-offensive",
+        "xstest-should-refuse",
+        "xstest-should-respond",
+        "donotanswer",
+    ),
+    "Reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"),
+}
+
+N_PAIRS: dict[str, int] = {
+    "alpacaeval-easy": 100,
+    "alpacaeval-length": 95,
+    "alpacaeval-hard": 95,
+    "mt-bench-easy": 28,
+    "mt-bench-med": 40,
+    "mt-bench-hard": 37,
+    "llmbar-natural": 100,
+    "llmbar-adver-neighbor": 134,
+    "llmbar-adver-GPTInst": 92,
+    "llmbar-adver-GPTOut": 47,
+    "llmbar-adver-manual": 46,
+    "refusals-dangerous": 100,
+    "refusals-offensive": 100,
+    "xstest-should-refuse": 154,
+    "xstest-should-respond": 250,
+    "donotanswer": 136,
+    "math-prm": 447,
+    "hep-cpp": 164,
+    "hep-go": 164,
+    "hep-java": 164,
+    "hep-js": 164,
+    "hep-python": 164,
+    "hep-rust": 164,
+}
+"""Pairs in each subset of the released data; their sums are Table 1 of the paper."""
+
+EXAMPLE_COUNTS: dict[str, int] = N_PAIRS | {
+    # 447 pairs, weighted as much as the six code subsets together (6 x 164).
+    "math-prm": 984,
+    # The official table has these two the other way round than the data; kept, or Safety would not match the leaderboard.
+    "xstest-should-refuse": 250,
+    "xstest-should-respond": 154,
+}
+"""The weight of each subset's accuracy inside its section, as the official scorer has it."""
+
+HEADLINE = "average of the four sections"

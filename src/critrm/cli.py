@@ -1,0 +1,89 @@
+"""The table of verbs; each verb's code is the `command` function of its stage's module."""
+
+import os
+import sys
+
+from cyclopts import App
+
+from critrm import __version__
+from critrm.errors import CritrmError
+
+VERBS = {
+    "preferences": ("critrm.preferences:command", "Read preference pairs in any of the field's formats and check them."),
+    "critique": ("critrm.critique:command", "Stage 1: have a critic write a critique of every completion."),
+    "augment": ("critrm.augment:command", "Stage 2: join pairs and critiques into one pair set for all arms."),
+    "train": ("critrm.train:command", "Stage 3: train a reward model on augmented pairs."),
+    "evaluate": ("critrm.evaluate:command", "Stage 4: score a benchmark with a reward model."),
+    "run": ("critrm.pipeline:command", "Run the stages of a recipe in order, skipping what is finished."),
+    "demo": ("critrm.demo:command", "The whole method on the bundled pairs with the embedded model."),
+}
+MODEL_VERBS = {
+    "get": ("critrm.models:get_command", "Put an embedded model's weights into the user's cache."),
+    "list": ("critrm.models:list_command", "List the embedded models and whether they are in the cache."),
+}
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "data",
+    "gguf": "embedded",
+    "peft": "train",
+    "pyarrow": "data",
+    "safetensors": "train",
+    "tensorboard": "train",
+    "torch": "train",
+    "transformers": "train",
+}
+"""Optional package -> the extra that installs it."""
+
+
+def _make_app() -> App:
+    app = App(
+        name="critrm",
+        help="Reward models that read critiques.",
+        version=__version__,
+        suppress_keyboard_interrupt=False,
+    )
+    models = App(name="models", help="The embedded models, whose weights come from the package index.")
+    for target, verbs in ((app, VERBS), (models, MODEL_VERBS)):
+        for verb, (function, summary) in verbs.items():
+            # By import string: a verb's module, and torch with it, is loaded only when that verb runs.
+            target.command(function, name=verb, help=summary)
+    app.command(models)
+    return app
+
+
+app = _make_app()
+
+
+def _fail(message: str, code: int) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    # As `Text`, so that brackets in a user's data are not read as markup; unwrapped, so that paths can be copied.
+    Console(stderr=True).print(Text(message, style="red"), soft_wrap=True)
+    return code
+
+
+def _missing_extra(error: BaseException | None) -> str:
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
+            return f"This needs the package {package!r}. Install it with: pip install 'critrm[{EXTRAS[package]}]'"
+        error = error.__cause__
+    return ""
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 not understood, 2 could not be done, 130 interrupted."""
+    try:
+        app(sys.argv[1:])
+    except CritrmError as error:
+        sys.exit(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("Interrupted. Run the same command again to go on.", 130))
+    except BrokenPipeError:
+        # Whoever read our output (`head`, say) has seen enough; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ImportError as error:
+        message = _missing_extra(error)
+        if not message:
+            raise
+        sys.exit(_fail(message, 2))

@@ -1,0 +1,284 @@
+"""A recipe's stages in order: preferences, critique, augment, train, evaluate; what is finished is skipped.
+
+Everything a stage makes lies in the run folder, so that the same command goes on where a killed run stopped:
+
+    preferences/train.jsonl, <test set>.jsonl
+    critique/<critic>.jsonl
+    augment/<set>/<critic>.jsonl, augment.json
+    train/<critic>/learning-rate-*/, seed-*/
+    evaluate/<critic>/seed-*/<test set>/
+    results.json, results.md, seconds.json, manifest.json
+"""
+
+import contextlib
+import json
+import logging
+import random
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from critrm.augment import Augmented, Budget, augment_pairs, file_name, text_encoder, write_augmented
+from critrm.config import CriticConfig, PairSource, Recipe, data_path, load_recipe
+from critrm.critique import critique_with_progress, default_cache_path, open_chat, read_critiques
+from critrm.errors import DataError
+from critrm.evaluate import evaluate, read_scores
+from critrm.llm import Sampling
+from critrm.models import load_tokenizer
+from critrm.preferences import read_pairs
+from critrm.results import ArmScores, compare_arms, results_markdown, results_table
+from critrm.reward_model import RewardModel
+from critrm.store import CritiqueCache, content_hash, mark_stage_done, stage_is_done, write_manifest, write_records, write_text
+from critrm.train import held_out_loss, train_reward_model
+from critrm.types import NO_CRITIC, Critique, CritiquedPair, PreferencePair, Score
+
+TRAIN = "train"
+"""The training pairs' name among the sets; the others are test sets."""
+SPLIT_SEED = 195
+"""Draws the held-out pairs; one number, so that every arm and seed holds out the same ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A recipe, the folder of its run, and where progress is shown."""
+
+    recipe: Recipe
+    out: Path
+    console: Console
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent to the stage's seconds, which survive an interruption."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self.seconds()
+            seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
+            write_text(self.out / "seconds.json", json.dumps(seconds, indent=2) + "\n")
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent per stage so far, over all attempts."""
+        path = self.out / "seconds.json"
+        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
+
+
+def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = None) -> dict[str, Any]:
+    """Run a recipe's stages in order, skipping what is finished, and return its results (`results.json`).
+
+    Raises:
+        DataError: pairs or critiques cannot be read, or do not fit together.
+        CriticError: a critic cannot be reached at all.
+        ModelError: a model cannot be loaded.
+    """
+    run, started = Run(recipe, Path(out), console or Console(quiet=True)), time.time()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    sets = _read_sets(run)
+    critiques = {name: _critiques(run, name, critic, sets) for name, critic in recipe.critique.critics.items()}
+    augmented = _augment(run, sets, critiques)
+    rates = {critic: _learning_rate(run, augmented[TRAIN].arms[critic]) for critic in augmented[TRAIN].arms}
+    for seed in recipe.train.seeds:
+        for critic in augmented[TRAIN].arms:
+            _train_and_evaluate(run, augmented, critic, seed=seed, rate=rates[critic])
+    results = _results(run, augmented, critiques, rates)
+    inputs = [data_path(source.path) for source in _sources(recipe).values()]
+    write_manifest(run.out, config=recipe.model_dump(mode="json"), started=started, inputs=inputs, seeds=recipe.train.seeds)
+    return results
+
+
+def _sources(recipe: Recipe) -> dict[str, PairSource]:
+    return {TRAIN: recipe.preferences.train} | dict(recipe.preferences.test)
+
+
+def _read_sets(run: Run) -> dict[str, tuple[PreferencePair, ...]]:
+    sets, owner = {}, {}
+    for name, source in _sources(run.recipe).items():
+        found = read_pairs(
+            str(data_path(source.path)),
+            dialect=source.dialect,
+            split=source.split,
+            source=source.source,
+            subset=source.subset,
+            limit=source.limit,
+            skip_bad=source.skip_bad,
+        )
+        for pair in found.pairs:
+            if owner.setdefault(pair.id, name) != name:
+                raise DataError(f"the pair is in {owner[pair.id]!r} and in {name!r}; ids must be unique", field=f"id {pair.id}")
+        sets[name] = found.pairs
+        write_records(run.out / "preferences" / f"{name}.jsonl", found.pairs)
+        run.console.print(f"{name}: {len(found.pairs)} pairs", highlight=False)
+    return sets
+
+
+def _critiques(run: Run, name: str, critic: CriticConfig, sets: Mapping[str, Sequence[PreferencePair]]) -> list[Critique]:
+    pairs = [pair for found in sets.values() for pair in found]
+    if critic.file:
+        wanted = {pair.id for pair in pairs}
+        rows = [row for row in read_critiques(data_path(critic.file), critic=name) if row.pair_id in wanted]
+    else:
+        chat = open_chat(critic.model, base_url=critic.base_url, concurrency=critic.concurrency)
+        sampling = Sampling(
+            temperature=critic.temperature, top_p=critic.top_p, max_tokens=critic.max_tokens, seed=critic.seed
+        )
+        with run.timed(f"critique {name}"), CritiqueCache(default_cache_path()) as cache:
+            rows = critique_with_progress(
+                pairs, chat, critic=name, sampling=sampling, cache=cache, template=critic.template, console=run.console
+            )
+    write_records(run.out / "critique" / f"{file_name(name)}.jsonl", rows)
+    return rows
+
+
+def _augment(
+    run: Run, sets: Mapping[str, Sequence[PreferencePair]], critiques: Mapping[str, Sequence[Critique]]
+) -> dict[str, Augmented]:
+    encode = text_encoder(load_tokenizer(run.recipe.train.backbone))
+    augmented = {}
+    for name, pairs in sets.items():
+        augmented[name] = augment_pairs(pairs, critiques, encode=encode, budget=Budget(run.recipe.augment.max_length))
+        write_augmented(run.out / "augment" / name, augmented[name])
+        counts = augmented[name].summary()
+        run.console.print(f"augment {name}: {counts['kept']} pairs kept, dropped {counts['dropped'] or 'none'}", highlight=False)
+    return augmented
+
+
+def _learning_rate(run: Run, arm: Sequence[CritiquedPair]) -> float:
+    """Choose an arm's learning rate by the ranking loss on pairs held out from training (section 4.4)."""
+    config = run.recipe.train
+    if len(config.learning_rates) == 1:
+        return config.learning_rates[0]
+    order = random.Random(SPLIT_SEED).sample(range(len(arm)), len(arm))
+    held_out = [arm[index] for index in order[: config.n_held_out]]
+    rest = [arm[index] for index in sorted(order[config.n_held_out :][: config.n_sweep])]
+    if not rest:
+        raise DataError(f"{config.n_held_out} held-out pairs leave none of {len(arm)} to train on")
+    losses = {rate: _sweep_loss(run, rest, held_out, rate) for rate in config.learning_rates}
+    best = min(losses, key=losses.__getitem__)
+    tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
+    run.console.print(f"{arm[0].critic}: learning rate {best:g} (held-out loss {tried})", highlight=False)
+    return best
+
+
+def _sweep_loss(run: Run, rest: list[CritiquedPair], held_out: list[CritiquedPair], rate: float) -> float:
+    config, critic = run.recipe.train, rest[0].critic
+    folder = run.out / TRAIN / file_name(critic) / f"learning-rate-{rate:g}"
+    fingerprint = content_hash(config.model_dump(), run.recipe.augment.max_length, [asdict(item) for item in rest + held_out])
+    marker = folder / "sweep"
+    if not stage_is_done(marker, fingerprint):
+        with run.timed("learning rates"):
+            result = train_reward_model(
+                rest,
+                config,
+                out=folder,
+                seed=config.seeds[0],
+                learning_rate=rate,
+                max_length=run.recipe.augment.max_length,
+                console=run.console,
+            )
+            scores = RewardModel.load(result.folder).score(held_out)
+        loss = held_out_loss(held_out, scores, config.margins)
+        accuracy = sum(score.chosen > score.rejected for score in scores) / len(scores)
+        mark_stage_done(marker, fingerprint, loss=loss, accuracy=accuracy, n_held_out=len(held_out), n_train=len(rest))
+        shutil.rmtree(result.folder)
+    return float(json.loads((marker / "done.json").read_text(encoding="utf-8"))["loss"])
+
+
+def _train_and_evaluate(run: Run, augmented: Mapping[str, Augmented], critic: str, *, seed: int, rate: float) -> None:
+    folder = run.out / "evaluate" / file_name(critic) / f"seed-{seed}"
+    config = run.recipe.train.model_dump(exclude={"seeds", "learning_rates", "n_held_out", "n_sweep", "checkpoint_minutes"})
+    data = {name: [asdict(item) for item in found.arms[critic]] for name, found in augmented.items()}
+    fingerprint = content_hash(config, run.recipe.augment.max_length, seed, rate, data)
+    if stage_is_done(folder, fingerprint):
+        return
+    with run.timed(f"train {critic}"):
+        result = train_reward_model(
+            augmented[TRAIN].arms[critic],
+            run.recipe.train,
+            out=run.out / TRAIN / file_name(critic) / f"seed-{seed}",
+            seed=seed,
+            learning_rate=rate,
+            max_length=run.recipe.augment.max_length,
+            console=run.console,
+        )
+    for note in result.notes:
+        run.console.print(f"[yellow]Note:[/] {note}", highlight=False)
+    with run.timed(f"evaluate {critic}"):
+        model = RewardModel.load(result.folder)
+        for name, source in run.recipe.preferences.test.items():
+            evaluate(
+                model,
+                augmented[name].arms[critic],
+                benchmark=source.benchmark,
+                out=folder / name,
+                max_tokens_per_step=run.recipe.evaluate.max_tokens_per_step,
+                console=run.console,
+            )
+    mark_stage_done(folder, fingerprint, n_train_tokens=result.n_tokens, train_loss=result.loss, notes=result.notes)
+
+
+def _results(
+    run: Run,
+    augmented: Mapping[str, Augmented],
+    critiques: Mapping[str, Sequence[Critique]],
+    rates: Mapping[str, float],
+) -> dict[str, Any]:
+    tests = {}
+    for name, source in run.recipe.preferences.test.items():
+        arms: ArmScores = {critic: _seed_scores(run, critic, name, source) for critic in augmented[name].arms}
+        pairs = [item.pair for item in augmented[name].arms[NO_CRITIC]]
+        tests[name] = compare_arms(pairs, arms, benchmark=source.benchmark)
+    results: dict[str, Any] = {
+        "recipe": run.recipe.name,
+        "backbone": run.recipe.train.backbone,
+        "seeds": list(run.recipe.train.seeds),
+        "n_train": len(augmented[TRAIN].arms[NO_CRITIC]),
+        "learning_rates": dict(rates),
+        "tests": tests,
+        "seconds": run.seconds(),
+        "tokens": _tokens(run, critiques, augmented),
+    }
+    write_text(run.out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_text(run.out / "results.md", results_markdown(results))
+    return results
+
+
+def _seed_scores(run: Run, critic: str, name: str, source: PairSource) -> list[list[Score]]:
+    folder = run.out / "evaluate" / file_name(critic)
+    return [read_scores(folder / f"seed-{seed}" / name / f"{source.benchmark}.scores.jsonl") for seed in run.recipe.train.seeds]
+
+
+def _tokens(
+    run: Run, critiques: Mapping[str, Sequence[Critique]], augmented: Mapping[str, Augmented]
+) -> dict[str, dict[str, int]]:
+    """Per critic: tokens that its critic read and wrote, and tokens that one training run read."""
+    tokens = {}
+    for critic in augmented[TRAIN].arms:
+        rows = critiques.get(critic, ())
+        marker = run.out / "evaluate" / file_name(critic) / f"seed-{run.recipe.train.seeds[0]}" / "done.json"
+        tokens[critic] = {
+            "critic_read": sum(row.n_prompt_tokens for row in rows),
+            "critic_wrote": sum(row.n_completion_tokens for row in rows),
+            "train": json.loads(marker.read_text(encoding="utf-8"))["n_train_tokens"],
+        }
+    return tokens
+
+
+def command(recipe: str, *, out: Path | None = None) -> None:
+    """Run a recipe's stages in order; the same command resumes an interrupted run.
+
+    Args:
+        recipe: a YAML file, or `bundled:NAME.yaml`.
+        out: the run's folder; `runs/NAME` when not given.
+    """
+    loaded = load_recipe(recipe)
+    console = Console()
+    out = out or Path("runs") / loaded.name
+    results = run_recipe(loaded, out=out, console=console)
+    console.print(results_table(results))
+    console.print(f"Run folder: {out}", soft_wrap=True)

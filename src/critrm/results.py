@@ -1,0 +1,192 @@
+"""Arms side by side: accuracy by group with intervals, spread over seeds, and paired tests against no critiques."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from critrm.benchmarks import BENCHMARKS
+from critrm.errors import DataError
+from critrm.metrics import correctness, holm, paired_difference, seed_spread, tally
+from critrm.types import NO_CRITIC, PreferencePair, Score
+
+ArmScores = Mapping[str, Sequence[Sequence[Score]]]
+"""Critic's name -> one list of scores per seed."""
+
+ALL = "all"
+"""The group that holds every pair."""
+
+
+def compare_arms(pairs: Sequence[PreferencePair], arms: ArmScores, *, benchmark: str = "pairs") -> dict[str, Any]:
+    """Compare each arm with the No-Critiques arm on the same pairs, over all of them and by group.
+
+    Args:
+        pairs: the test pairs.
+        arms: the scores of each arm and seed, on exactly these pairs.
+        benchmark: whose sections are groups as well.
+
+    Returns:
+        Group -> number of pairs and, per arm: `mean` strict accuracy over seeds with its `std`, the 95 % Wilson interval
+        `low` to `high` over items at that mean, ties and unscored pairs over all seeds, and the `difference` from the
+        No-Critiques arm (paired bootstrap over items and seeds) with `p_value`, and `p_holm` adjusted over the subsets.
+
+    Raises:
+        DataError: an arm lacks a pair.
+    """
+    by_arm = {critic: [_by_pair(scores, pairs, critic) for scores in seeds] for critic, seeds in arms.items()}
+    groups = {label: _group(members, by_arm) for label, members in _groups(pairs, benchmark).items()}
+    subsets = [group for label, group in groups.items() if label != ALL]
+    for critic in arms:
+        rows = [group["arms"][critic]["difference"] for group in subsets]
+        tested = [row for row in rows if row is not None]
+        for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
+            row["p_holm"] = adjusted
+    return groups
+
+
+def _by_pair(scores: Sequence[Score], pairs: Sequence[PreferencePair], critic: str) -> dict[str, Score]:
+    found = {score.pair_id: score for score in scores}
+    missing = [pair.id for pair in pairs if pair.id not in found]
+    if missing:
+        raise DataError(f"the scores of arm {critic!r} lack {len(missing)} pairs, such as {missing[0]!r}")
+    return found
+
+
+def _groups(pairs: Sequence[PreferencePair], benchmark: str) -> dict[str, list[str]]:
+    """Label -> pair ids: all pairs, the benchmark's sections of several subsets, and the subsets where there are several."""
+    table = BENCHMARKS[benchmark]
+    by_subset: dict[str, list[str]] = {}
+    for pair in pairs:
+        by_subset.setdefault(table.subset_name(pair.subset or pair.source), []).append(pair.id)
+    groups = {ALL: [pair.id for pair in pairs]}
+    if len(by_subset) > 1:
+        for section, subsets in table.sections.items():
+            present = [subset for subset in subsets if subset in by_subset]
+            if len(present) > 1:
+                groups[section] = [pair_id for subset in present for pair_id in by_subset[subset]]
+        groups |= dict(sorted(by_subset.items()))
+    return groups
+
+
+def _group(members: list[str], by_arm: Mapping[str, list[dict[str, Score]]]) -> dict[str, Any]:
+    outcomes = {
+        critic: [[scores[pair_id].outcome for pair_id in members] for scores in seeds] for critic, seeds in by_arm.items()
+    }
+    right = {critic: [correctness(seed) for seed in seeds] for critic, seeds in outcomes.items()}
+    arms = {}
+    for critic, seeds in outcomes.items():
+        tallies = [tally(seed) for seed in seeds]
+        spread = seed_spread([each.accuracy.value for each in tallies if each.accuracy])
+        difference = paired_difference(right[critic], right[NO_CRITIC]) if critic != NO_CRITIC else None
+        arms[critic] = {
+            "mean": spread.mean if spread else None,
+            "std": spread.std if spread else None,
+            "by_seed": [each.accuracy.value if each.accuracy else None for each in tallies],
+            **_interval(spread.mean if spread else None, len(members)),
+            "n_tie": sum(each.n_tie for each in tallies),
+            "n_unscored": sum(each.n_unscored for each in tallies),
+            "difference": None
+            if difference is None
+            else {
+                "value": difference.value,
+                "low": difference.low,
+                "high": difference.high,
+                "p_value": difference.p_value,
+                "n": difference.n,
+            },
+        }
+    return {"n": len(members), "arms": arms}
+
+
+def _interval(mean: float | None, n_items: int) -> dict[str, float | None]:
+    from critrm.types import Outcome
+
+    if mean is None:
+        return {"low": None, "high": None}
+    n_right = round(mean * n_items)
+    found = tally([Outcome.RIGHT] * n_right + [Outcome.WRONG] * (n_items - n_right)).accuracy
+    assert found is not None
+    return {"low": found.low, "high": found.high}
+
+
+def _cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column titles and rows of text, shared by the terminal's table and the Markdown one."""
+    critics = list(results["learning_rates"])
+    titles = ["test set", "pairs"]
+    for critic in critics:
+        titles += [critic] if critic == NO_CRITIC else [critic, "difference", "p"]
+    rows = []
+    for test, groups in results["tests"].items():
+        for label, group in groups.items():
+            row = [test if label == ALL else f"  {label}", str(group["n"])]
+            for critic in critics:
+                row += _arm_cells(group["arms"][critic], with_difference=critic != NO_CRITIC)
+            rows.append(row)
+    return titles, rows
+
+
+def _arm_cells(arm: Mapping[str, Any], *, with_difference: bool) -> list[str]:
+    if arm["mean"] is None:
+        return ["-"] * (3 if with_difference else 1)
+    spread = f" ±{arm['std']:.3f}" if arm["std"] is not None else ""
+    cells = [f"{arm['mean']:.3f}{spread} [{arm['low']:.2f}, {arm['high']:.2f}]"]
+    if with_difference:
+        found = arm["difference"]
+        cells += (
+            [f"{found['value']:+.3f} [{found['low']:+.2f}, {found['high']:+.2f}]", f"{found['p_value']:.2g}"]
+            if found
+            else ["-", "-"]
+        )
+    return cells
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """A run's results for the terminal."""
+    seeds = len(results["seeds"])
+    table = Table(
+        title="Strict accuracy by test set",
+        caption=f"{results['n_train']} training pairs, {seeds} seed{'s' if seeds > 1 else ''}; [95 % intervals]; "
+        "p: paired, against no critiques" + ("; ± standard deviation over seeds" if seeds > 1 else ""),
+    )
+    titles, rows = _cells(results)
+    for index, title in enumerate(titles):
+        table.add_column(title.replace(NO_CRITIC, "no critiques"), justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row, style=None if row[0].startswith(" ") else "bold")
+    return table
+
+
+def costs_table(results: Mapping[str, Any]) -> Table:
+    """Seconds and tokens by stage and arm, for the terminal."""
+    table = Table(title="What it took")
+    for index, title in enumerate(("stage", "seconds", "tokens read", "tokens written")):
+        table.add_column(title, justify="left" if index == 0 else "right")
+    for stage, seconds in results["seconds"].items():
+        verb, _, critic = stage.partition(" ")
+        tokens = results["tokens"].get(critic, {})
+        read = {"critique": tokens.get("critic_read"), "train": tokens.get("train")}.get(verb)
+        written = tokens.get("critic_wrote") if verb == "critique" else None
+        table.add_row(stage, f"{seconds:.0f}", f"{read:,}" if read else "", f"{written:,}" if written else "")
+    return table
+
+
+def results_markdown(results: Mapping[str, Any]) -> str:
+    """A run's results as a Markdown table with its key."""
+    titles, rows = _cells(results)
+    lines = ["| " + " | ".join(titles) + " |", "|" + "|".join("---" if i == 0 else "---:" for i in range(len(titles))) + "|"]
+    for row in rows:
+        name = row[0] if not row[0].startswith(" ") else "&nbsp;&nbsp;" + row[0].strip()
+        lines.append("| " + " | ".join([name, *row[1:]]) + " |")
+    rates = ", ".join(f"{critic} {rate:g}" for critic, rate in results["learning_rates"].items())
+    lines += [
+        "",
+        f"{results['n_train']} training pairs, backbone {results['backbone']}, seeds {results['seeds']}, learning rates: {rates}. "
+        "Strict accuracy (a tie is not right), mean over seeds ± standard deviation, [95 % Wilson interval over items]. "
+        "Difference from no critiques with its 95 % interval and p from a paired bootstrap over items and seeds "
+        "(exact McNemar for one seed), not adjusted for the number of rows.",
+        "",
+        "| stage | seconds |",
+        "|---|---:|",
+        *(f"| {stage} | {seconds:.0f} |" for stage, seconds in results["seconds"].items()),
+    ]
+    return "\n".join(lines) + "\n"
