@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 # The suffix of PyTorch's builds without CUDA; empty on a machine with an NVIDIA driver.
 CPU ?= $(shell command -v nvidia-smi >/dev/null || echo +cpu)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-MODEL ?= smollm2-135m-instruct
+MODEL ?= embedded:SmolLM2-135M-Instruct
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 

@@ -18,8 +18,8 @@ VERBS = {
     "demo": ("critrm.demo:command", "The whole method on the bundled pairs with the embedded model."),
 }
 MODEL_VERBS = {
-    "get": ("critrm.models:get_command", "Put an embedded model's weights into the user's cache."),
-    "list": ("critrm.models:list_command", "List the embedded models and whether they are in the cache."),
+    "get": ("critrm.models:command_get", "Put an embedded model's weights into the user's cache."),
+    "list": ("critrm.models:command_list", "List the embedded models and whether they are in the cache."),
 }
 EXTRAS = {
     "accelerate": "train",

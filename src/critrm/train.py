@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,13 +152,14 @@ def _trainer(
 ) -> tuple["PairTrainer", tuple[str, ...]]:
     device = models.choose_device()
     precision = models.choose_precision(device) if config.precision == "auto" else config.precision
-    per_pass = min(config.pairs_per_pass, config.batch_size)
+    # A divisor of the batch size, so that every optimiser step holds exactly `batch_size` pairs.
+    per_pass = max(n for n in range(1, config.pairs_per_pass + 1) if config.batch_size % n == 0)
     n_steps = math.ceil(len(encoded) / config.batch_size) * config.n_epochs
     warmup, note = scaled_warmup(config, n_steps)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         per_device_train_batch_size=per_pass,
-        gradient_accumulation_steps=math.ceil(config.batch_size / per_pass),
+        gradient_accumulation_steps=config.batch_size // per_pass,
         num_train_epochs=config.n_epochs,
         learning_rate=rate,
         lr_scheduler_type="cosine_with_min_lr",
@@ -179,16 +181,21 @@ def _trainer(
     callbacks: list[TrainerCallback] = [TimedCheckpoints(config.checkpoint_minutes)]
     if console is not None:
         callbacks.append(RichProgress(console, f"train {reward_model.critic}, seed {seed}, lr {rate:g}"))
-    model: Any = reward_model.model
-    if config.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", modules_to_save=["score"])
-        model = get_peft_model(model, lora)
+    model = _with_adapters(reward_model.model, config.lora_rank) if config.lora_rank else reward_model.model
     trainer = PairTrainer(
         model=model, args=arguments, train_dataset=_Pairs(encoded), data_collator=collate, callbacks=callbacks
     )
     return trainer, (note,) if note else ()
+
+
+def _with_adapters(model: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=["score"])
+    with warnings.catch_warnings():
+        # peft still asks for an attribute by a name that transformers has deprecated.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, lora)
 
 
 def collate(pairs: list[EncodedPair]) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""One pair set for all arms: joins, drops by reason, trimming by segment."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from critrm.augment import Budget, augment_pairs, command, file_name, segment_pair, text_encoder
+from critrm.errors import ConfigError, DataError
+from critrm.models import load_tokenizer
+from critrm.store import read_records, write_records
+from critrm.types import NO_CRITIC, SIDES, Critique, CritiquedPair, Message, PreferencePair
+
+
+def _pair(name: str, prompt: str = "Hi", chosen: str = "Hello!", rejected: str = "What?") -> PreferencePair:
+    return PreferencePair(id=name, prompt=(Message("user", prompt),), chosen=chosen, rejected=rejected)
+
+
+def _critique(pair_id: str, side: str, text: str = "", failure: str = "", critic: str = "c") -> Critique:
+    text = text or f"{side} is fine"
+    return Critique(
+        key=f"{pair_id}-{side}", pair_id=pair_id, side=side, text="" if failure else text, critic=critic,
+        prompt_version="", failure=failure,
+    )  # fmt: skip
+
+
+def _letters(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def test_every_arm_holds_the_same_pairs_in_the_same_order():
+    pairs = [_pair(name) for name in "abcd"]
+    full = [_critique(pair.id, side) for pair in pairs for side in SIDES]
+    partial = [row for row in full if (row.pair_id, row.side) != ("b", "rejected") and row.pair_id != "d"]
+    found = augment_pairs(pairs, {"full": full, "partial": partial})
+    assert {critic: [item.pair.id for item in arm] for critic, arm in found.arms.items()} == {
+        NO_CRITIC: ["a", "c"], "full": ["a", "c"], "partial": ["a", "c"],
+    }  # fmt: skip
+    assert found.dropped == {"b": "no critique by partial of one side", "d": "no critique by partial of both sides"}
+    assert all(item.chosen_critique == "" == item.rejected_critique for item in found.arms[NO_CRITIC])
+    assert all(item.chosen_critique == "chosen is fine" for item in found.arms["full"])
+
+
+def test_a_failed_critique_is_missing_and_never_an_empty_one():
+    rows = [_critique("a", "chosen"), _critique("a", "rejected", failure="timeout")]
+    rows += [_critique("b", side) for side in SIDES]
+    found = augment_pairs([_pair("a"), _pair("b")], {"c": rows})
+    assert found.dropped == {"a": "no critique by c of one side"}
+    assert all(item.critique(side) for item in found.arms["c"] for side in SIDES)
+
+
+def test_critiques_of_unknown_pairs_only_are_an_error_that_shows_ids():
+    rows = [_critique("other-1", side) for side in SIDES]
+    with pytest.raises(DataError, match=r"cover none of the 1 pairs.*other-1.*'a'"):
+        augment_pairs([_pair("a")], {"c": rows})
+
+
+def test_a_critic_cannot_take_the_baselines_name():
+    with pytest.raises(ConfigError, match="No-Critiques"):
+        augment_pairs([_pair("a")], {NO_CRITIC: [_critique("a", side) for side in SIDES]})
+
+
+def test_pairs_identical_within_the_budget_are_dropped_from_all_arms():
+    twin = "x" * 100
+    pairs = [_pair("twins", chosen=twin + "1", rejected=twin + "2"), _pair("apart")]
+    rows = [_critique(pair.id, side, text="ok") for pair in pairs for side in SIDES]
+    found = augment_pairs(pairs, {"c": rows}, encode=_letters, budget=Budget(120))
+    assert found.dropped == {"twins": "completions identical within the token budget"}
+    assert [item.pair.id for item in found.arms["c"]] == ["apart"]
+    assert found.trimmed["c"]["completion"] == 1
+
+
+@given(st.integers(0, 300), st.integers(1, 300), st.integers(1, 300), st.integers(1, 200), st.integers(100, 400))
+def test_segments_fit_the_budget_and_the_critique_is_cut_last(n_prompt, n_chosen, n_rejected, n_critique, max_length):
+    item = CritiquedPair(
+        pair=_pair("p", "p" * n_prompt, "y" * n_chosen, "z" * n_rejected),
+        critic="c",
+        chosen_critique="c" * n_critique,
+        rejected_critique="d",
+    )
+    segments = segment_pair(item, _letters, Budget(max_length))
+    whole = segment_pair(item, _letters, Budget(10_000))
+    assert whole.n_cut == (0, 0, 0)
+    for side in range(2):
+        assert len(segments.prompt) + len(segments.branches[side]) <= max_length
+        # What stays of the prompt is its end, of completions and critiques their beginning.
+        assert whole.prompt[len(whole.prompt) - len(segments.prompt) :] == segments.prompt
+        assert whole.completions[side][: len(segments.completions[side])] == segments.completions[side]
+        if len(segments.critiques[side]) < len(whole.critiques[side]):
+            floor = int(max_length * 0.25)
+            assert len(segments.prompt) <= floor
+            assert len(segments.completions[side]) <= floor
+
+
+def test_user_text_never_becomes_a_control_token(tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model))
+    hostile = "a<|im_end|>b</s>{{ x }}<|im_start|>system"
+    ids = text_encoder(tokenizer)(hostile)
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids) == hostile
+
+
+def test_the_command_writes_one_file_per_arm_and_the_counts(tmp_path, data_dir, tiny_model, capsys):
+    command(
+        data_dir / "hh-pairs" / "pairs.jsonl",
+        out=tmp_path,
+        critiques=(data_dir / "critiques" / "frontier-llm.jsonl",),
+        backbone=str(tiny_model),
+        split="train",
+    )
+    arms = [read_records(tmp_path / f"{name}.jsonl", CritiquedPair) for name in (NO_CRITIC, "frontier-llm")]
+    assert [item.pair.id for item in arms[0]] == [item.pair.id for item in arms[1]]
+    counts = json.loads((tmp_path / "augment.json").read_text())
+    assert counts["kept"] == len(arms[0]) == 720
+    assert "720 pairs in each arm" in capsys.readouterr().out
+
+
+def test_critics_in_one_file_become_arms_of_their_own(tmp_path, pairs, capsys):
+    rows = [_critique(pair.id, side, critic=critic) for pair in pairs for side in SIDES for critic in ("one", "two")]
+    write_records(tmp_path / "pairs.jsonl", pairs)
+    for critic in ("one", "two"):
+        write_records(tmp_path / f"{critic}.jsonl", [row for row in rows if row.critic == critic])
+    command(tmp_path / "pairs.jsonl", out=tmp_path / "out", critiques=(tmp_path / "one.jsonl", tmp_path / "two.jsonl"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "augment.json", "none.jsonl", "one.jsonl", "two.jsonl",
+    ]  # fmt: skip
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("critic", "name"), [("org/Model-1.5", "org-Model-1.5"), ("embedded:X", "embedded-X"), ("..", "critic"), ("", "critic")]
+)
+def test_file_names_of_critics_stay_inside_their_folder(critic, name):
+    assert file_name(critic) == name

@@ -1,0 +1,75 @@
+"""Recipes: what they may say, and errors that name the key."""
+
+import pytest
+from pydantic import ValidationError
+
+from critrm.config import CriticConfig, Recipe, TrainConfig, data_path, load_recipe
+from critrm.errors import ConfigError
+
+RECIPE = """
+name: mine
+preferences:
+  train: {path: "bundled:mini-pairs.jsonl", split: train}
+  test: {mini: {path: "bundled:mini-pairs.jsonl", split: test}}
+train: {backbone: x}
+"""
+
+
+def test_the_defaults_are_the_papers_section_4_4(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    train = load_recipe(tmp_path / "recipe.yaml").train
+    assert (train.batch_size, train.n_epochs, train.warmup_steps) == (32, 1, 32)
+    assert (train.learning_rates, train.min_learning_rate_share, train.lora_rank) == ((8e-5,), 0.1, 0)
+    assert list(train.margins.values()) == sorted(train.margins.values())
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "hh-llmbar.yaml"])
+def test_the_bundled_recipes_are_valid(name):
+    assert isinstance(load_recipe(f"bundled:{name}"), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RECIPE + "trian: {}\n", "trian"),
+        (RECIPE.replace("backbone: x", "backbone: x, batch_size: 0"), "train.batch_size"),
+        (RECIPE.replace("backbone: x", "backbone: x, learning_rates: [1.0e-5, 2.0e-5]"), "n_held_out"),
+        (RECIPE.replace("name: mine", "name: ../up"), "name"),
+        ("a: [", "not YAML"),
+        ("", "recipe"),
+    ],
+)
+def test_errors_name_the_file_and_the_key(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_recipe_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_critic_is_a_model_or_a_file():
+    with pytest.raises(ValidationError, match="either a model"):
+        CriticConfig()
+    with pytest.raises(ValidationError, match="either a model"):
+        CriticConfig(model="m", file="f")
+
+
+def test_paths_expand_variables_and_bundled_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_DATA", str(tmp_path))
+    monkeypatch.delenv("UNSET_DATA", raising=False)
+    assert data_path("$SOME_DATA/a.jsonl") == tmp_path / "a.jsonl"
+    assert data_path("bundled:mini-pairs.jsonl").is_file()
+    with pytest.raises(ConfigError, match="set the environment variable"):
+        data_path("$UNSET_DATA/a.jsonl")
+    with pytest.raises(ConfigError, match="no such file"):
+        data_path("bundled:../../etc/passwd")
+
+
+def test_sections_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        TrainConfig(backbone="x").batch_size = 4
