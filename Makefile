@@ -29,15 +29,17 @@ help:
 
 install: $(VENV)/.installed
 
-models: $(VENV)/.model
+# Quick when the weights are in the user's cache already.
+models: install
+	$(VENV)/bin/critrm models get $(MODEL)
 
-demo: $(VENV)/.model
+demo: models
 	$(VENV)/bin/critrm demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
-slow: $(VENV)/.model
+slow: models
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed
@@ -56,25 +58,21 @@ clean:
 # Some distributions ship Python without ensurepip; their own pip can then fill the environment.
 $(VENV)/.created:
 	@echo "Making $(VENV) with $(PYTHON)"
-	$(PYTHON) -m venv $(VENV) \
+	@$(PYTHON) -m venv $(VENV) \
 	  || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; }
-	touch $@
+	@touch $@
 
 # Without a GPU the build without CUDA is some GB smaller. It comes from the package index where that has it, then from
 # PyTorch's own, and where neither answers (or on macOS, which has one build only) the plain build works as well.
 $(VENV)/.torch: $(VENV)/.created constraints.txt
 	@echo "Installing $(TORCH)$(CPU)"
-	if [[ -z "$(CPU)" ]]; then $(PIP) -c constraints.txt "$(TORCH)"; \
+	@if [[ -z "$(CPU)" ]]; then $(PIP) -c constraints.txt "$(TORCH)"; \
 	else $(PIP) -c constraints.txt "$(TORCH)$(CPU)" 2>/dev/null \
 	  || $(PIP) -c constraints.txt "$(TORCH)$(CPU)" --extra-index-url "$(CPU_INDEX)" --timeout 15 --retries 1 2>/dev/null \
 	  || $(PIP) -c constraints.txt "$(TORCH)"; fi
-	touch $@
+	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@echo "Installing critrm and its tools (a minute or two the first time)"
-	$(PIP) -c constraints.txt -e '.[data,train,embedded,dev]'
-	touch $@
-
-$(VENV)/.model: $(VENV)/.installed
-	$(VENV)/bin/critrm models get $(MODEL)
-	touch $@
+	@$(PIP) -c constraints.txt -e '.[data,train,embedded,dev]'
+	@touch $@

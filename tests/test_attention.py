@@ -42,9 +42,7 @@ def _layout(shape: list[tuple[int, list[int]]]) -> tuple[list[Group], int]:
 def test_packed_attention_equals_rows_of_their_own(shape, heads, seed):
     groups, n = _layout(shape)
     generator = torch.Generator().manual_seed(seed)
-    query, key, value = (
-        torch.randn(1, heads[i > 0], n, 8, generator=generator, dtype=torch.float64) for i in range(3)
-    )
+    query, key, value = (torch.randn(1, heads[i > 0], n, 8, generator=generator, dtype=torch.float64) for i in range(3))
     packed, weights = packed_attention(torch.nn.Identity(), query, key, value, None, groups=tuple(groups))
     assert weights is None
     torch.testing.assert_close(packed, _reference(query, key, value, groups))

@@ -129,7 +129,8 @@ def test_critics_in_one_file_become_arms_of_their_own(tmp_path, pairs, capsys):
 
 
 @pytest.mark.parametrize(
-    ("critic", "name"), [("org/Model-1.5", "org-Model-1.5"), ("embedded:X", "embedded-X"), ("..", "critic"), ("", "critic")]
+    ("critic", "name"),
+    [("org/Model-1.5", "org-Model-1.5"), ("embedded:X", "embedded-X"), ("..", "critic"), ("", "critic")],
 )
 def test_file_names_of_critics_stay_inside_their_folder(critic, name):
     assert file_name(critic) == name

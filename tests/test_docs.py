@@ -2,7 +2,7 @@
 
 In a Markdown page
 * a `critrm ...` line of any bash block has to parse against the real command line, and `make x` names a real target;
-* a bash block whose first line is `# runs: fast` is executed in a folder that holds `pairs.jsonl` and `critiques.jsonl`;
+* a bash block whose first line is `# runs: fast` is executed in a folder with `pairs.jsonl` and `critiques.jsonl`;
 * a python block is executed in that folder, unless its first line is `# runs: no (why)`; then it has to compile.
 """
 
@@ -96,7 +96,7 @@ def sandbox(tmp_path, monkeypatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CRITRM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
@@ -174,6 +174,12 @@ def test_map_names_every_stage_module_and_its_files():
         assert f"`test_{module}.py`" in row
     for test in re.findall(r"`(test_\w+\.py)`", page):
         assert (ROOT / "tests" / test).exists(), test
+
+
+def test_every_page_is_on_the_map():
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "index.md" or f"]({path.name})" in page, path.name
 
 
 def test_continuous_integration_runs_the_test_command_of_the_readme():

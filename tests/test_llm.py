@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_server import Answer, completion, serving
 
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import ChatRequest, OpenAIChat, Reply, Sampling, ScriptedChat
 from critrm.types import Message
+from scripted_server import Answer, completion, serving
 
 KEY = "sk-very-secret"
 SOURCE = Path(__file__).parents[1] / "src"
@@ -256,15 +256,21 @@ def test_hostile_text_arrives_unharmed() -> None:
 
 
 def test_leaving_the_stream_early_cancels_what_is_under_way() -> None:
-    async def first_only(chat: OpenAIChat) -> None:
+    async def first_only(chat: OpenAIChat) -> float:
         stream = chat.stream(requests(20), Sampling())
         async for _ in stream:
             break
+        start = time.monotonic()
         await stream.aclose()  # type: ignore[attr-defined]
         assert len(asyncio.all_tasks()) == 1
+        return time.monotonic() - start
 
-    with serving(lambda _: completion("ok")) as server:
-        asyncio.run(first_only(chat_at(server.url)), debug=False)
+    def answer(body: dict[str, Any]) -> Answer:
+        slow = body["messages"][0]["content"] != "question 0"
+        return Answer(body=completion("ok").body, delay=3 if slow else 0)
+
+    with serving(answer) as server:
+        assert asyncio.run(first_only(chat_at(server.url, concurrency=4))) < 2
     gc.collect()
 
 

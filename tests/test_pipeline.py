@@ -79,7 +79,11 @@ def test_a_run_killed_anywhere_ends_with_the_same_scores(tiny_model, tmp_path):
     run = [sys.executable, "-m", "critrm", "run", str(tmp_path / "recipe.yaml"), "--out"]
     subprocess.run([*run, str(tmp_path / "whole")], check=True, capture_output=True)
     killed = tmp_path / "killed"
-    waits = ["critique/frontier-llm.jsonl", "train/tiny/seed-0/checkpoints/*/trainer_state.json", "evaluate/tiny/seed-0/*/*.json"]
+    waits = [
+        "critique/frontier-llm.jsonl",
+        "train/tiny/seed-0/checkpoints/*/trainer_state.json",
+        "evaluate/tiny/seed-0/*/*.json",
+    ]
     for pattern in waits:
         process = subprocess.Popen([*run, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120

@@ -11,13 +11,26 @@ import pytest
 
 import critrm
 
-HEAVY = {"accelerate", "datasets", "matplotlib", "openai", "pandas", "peft", "pyarrow", "scipy", "torch", "transformers"}
+HEAVY = {
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "openai",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "scipy",
+    "torch",
+    "transformers",
+}
 SOURCE = Path(critrm.__file__)
 
 
 def loaded_by(code: str) -> set[str]:
     """The top-level packages that a fresh interpreter holds after running the code."""
-    report = "\nimport json, sys\nprint(json.dumps(sorted({n.partition('.')[0] for n in sys.modules})), file=sys.stderr)"
+    report = (
+        "\nimport json, sys\nprint(json.dumps(sorted({n.partition('.')[0] for n in sys.modules})), file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=60, check=True)
     return set(json.loads(done.stderr))
 

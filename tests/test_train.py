@@ -67,7 +67,12 @@ def test_warmup_is_the_papers_at_its_number_of_steps_and_scaled_below():
 
 def _config(tiny_model, **changes):
     return TrainConfig(
-        backbone=str(tiny_model), precision="fp32", batch_size=8, learning_rates=(5e-3,), checkpoint_minutes=0, **changes
+        backbone=str(tiny_model),
+        precision="fp32",
+        batch_size=8,
+        learning_rates=(5e-3,),
+        checkpoint_minutes=0,
+        **changes,
     )
 
 
@@ -122,7 +127,9 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny_model, arm, tmp_path):
         [*arguments, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((tmp_path / "killed").glob("checkpoints/checkpoint-*/trainer_state.json")):
+    while time.monotonic() < deadline and not list(
+        (tmp_path / "killed").glob("checkpoints/checkpoint-*/trainer_state.json")
+    ):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -9,6 +9,7 @@ down to its attention layers can use it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -38,7 +39,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     groups: tuple[Group, ...] = (),
-    **plain: object,
+    **plain: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each group of a packed row; without groups it is ordinary attention under `attention_mask`.
 
@@ -51,6 +52,7 @@ def packed_attention(
         scaling: factor on the dot products; 1 / sqrt(head_dim) when None.
         dropout: probability of dropping an attention weight.
         groups: the row's layout.
+        **plain: what else the backbone passes to ordinary attention.
 
     Returns:
         (1, n_tokens, n_heads, head_dim), and None for the attention weights.

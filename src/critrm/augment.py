@@ -135,7 +135,9 @@ def augment_pairs(
     kept = [pair.id for pair in pairs if pair.id not in dropped]
     if not kept:
         raise DataError(f"no pair is left of {len(pairs)}: {dict(Counter(dropped.values()))}")
-    return Augmented({critic: tuple(arm[pair_id] for pair_id in kept) for critic, arm in arms.items()}, dropped, trimmed)
+    return Augmented(
+        {critic: tuple(arm[pair_id] for pair_id in kept) for critic, arm in arms.items()}, dropped, trimmed
+    )
 
 
 def _join(
@@ -146,9 +148,7 @@ def _join(
     for pair in pairs:
         found = [texts.get((pair.id, side), "") for side in SIDES]
         if all(found):
-            arm[pair.id] = CritiquedPair(
-                pair=pair, critic=critic, chosen_critique=found[0], rejected_critique=found[1]
-            )
+            arm[pair.id] = CritiquedPair(pair=pair, critic=critic, chosen_critique=found[0], rejected_critique=found[1])
         else:
             dropped.setdefault(pair.id, f"no critique by {critic} of " + ("one side" if any(found) else "both sides"))
     if not arm:
@@ -232,4 +232,3 @@ def write_augmented(folder: Path, augmented: Augmented) -> None:
 def file_name(critic: str) -> str:
     """A critic's name as a file or folder name: model names hold slashes and colons."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in critic).strip(".") or "critic"
-

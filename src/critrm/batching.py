@@ -85,7 +85,9 @@ def pack(pairs: Sequence[EncodedPair]) -> PackedBatch:
     )
 
 
-def token_batches(pairs: Iterable[EncodedPair], *, max_tokens_per_step: int, window: int = 256) -> Iterator[list[EncodedPair]]:
+def token_batches(
+    pairs: Iterable[EncodedPair], *, max_tokens_per_step: int, window: int = 256
+) -> Iterator[list[EncodedPair]]:
     """Group pairs into batches of at most `max_tokens_per_step` tokens; a longer pair is a batch of its own.
 
     Within a window of pairs the longest come first, so that batches are even; memory does not grow with the data.

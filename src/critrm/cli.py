@@ -3,13 +3,16 @@
 import os
 import sys
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from critrm import __version__
 from critrm.errors import CritrmError
 
 VERBS = {
-    "preferences": ("critrm.preferences:command", "Read preference pairs in any of the field's formats and check them."),
+    "preferences": (
+        "critrm.preferences:command",
+        "Read preference pairs in any of the field's formats and check them.",
+    ),
     "critique": ("critrm.critique:command", "Stage 1: have a critic write a critique of every completion."),
     "augment": ("critrm.augment:command", "Stage 2: join pairs and critiques into one pair set for all arms."),
     "train": ("critrm.train:command", "Stage 3: train a reward model on augmented pairs."),
@@ -41,6 +44,10 @@ def _make_app() -> App:
         help="Reward models that read critiques.",
         version=__version__,
         suppress_keyboard_interrupt=False,
+        # "nothing" as a default goes without saying
+        default_parameter=Parameter(
+            show_default=lambda value: None if value in ("", ()) else value, negative_iterable=()
+        ),
     )
     models = App(name="models", help="The embedded models, whose weights come from the package index.")
     for target, verbs in ((app, VERBS), (models, MODEL_VERBS)):
@@ -64,6 +71,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _missing_extra(error: BaseException | None) -> str:
+    verb = next(iter(sys.argv[1:]), "")
+    if not verb.startswith("-") and verb not in (*VERBS, "models"):
+        # Looking for a verb that resembles it, cyclopts imports them all.
+        return f"Unknown command {verb!r}. There are: {', '.join((*VERBS, 'models'))}."
     while error is not None:
         if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
             return f"This needs the package {package!r}. Install it with: pip install 'critrm[{EXTRAS[package]}]'"
@@ -72,7 +83,7 @@ def _missing_extra(error: BaseException | None) -> str:
 
 
 def main() -> None:
-    """Run the command line: 0 done, 1 not understood, 2 could not be done, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 a defect of critrm, 2 cannot be done as asked, 130 interrupted."""
     try:
         app(sys.argv[1:])
     except CritrmError as error:

@@ -1,11 +1,11 @@
 """What a recipe may say: one frozen section per stage, unknown keys are errors.
 
-    name: demo
-    preferences: {train: {...}, test: {...}}      which pairs
-    critique: {critics: {...}}                    who writes the critiques
-    augment: {max_length: 1024}                   how they are put together
-    train: {backbone: ..., seeds: [0, 1, 2]}      how the reward models are trained
-    evaluate: {}                                  how they are tested
+name: demo
+preferences: {train: {...}, test: {...}}      which pairs
+critique: {critics: {...}}                    who writes the critiques
+augment: {max_length: 1024}                   how they are put together
+train: {backbone: ..., seeds: [0, 1, 2]}      how the reward models are trained
+evaluate: {}                                  how they are tested
 """
 
 import os
@@ -152,7 +152,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"{file}: not YAML ({error})") from None
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: {problem['msg']}" for problem in error.errors()
+            f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: {problem['msg']}"
+            for problem in error.errors()
         )
         raise ConfigError(f"{file}: {problems}") from None
 

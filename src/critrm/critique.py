@@ -8,32 +8,29 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from critrm.errors import ConfigError, CriticError, DataError
 from critrm.llm import Chat, ChatRequest, OpenAIChat, Reply, Sampling
 from critrm.preferences import read_pairs
-from critrm.prompts import Template, critique_messages, load_template
-from critrm.store import CritiqueCache, content_hash, read_rows, write_records
+from critrm.prompts import Template, critique_messages, load_template, template_version
+from critrm.store import CritiqueCache, content_hash, read_rows, write_manifest, write_records
 from critrm.types import SIDES, Critique, PreferencePair, Side
 
 OnReply = Callable[[Critique, bool], None]
 """Is told of each critique, and whether it came from the cache."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One distinct call, and the completions that it answers (identical ones share it)."""
-
-    request: ChatRequest
-    places: tuple[tuple[str, Side], ...]
+_Place = tuple[int, Side]
+"""A completion: the pair's position, and the side."""
 
 
 def critique_pairs(
@@ -68,52 +65,73 @@ def critique_pairs(
         StorageError: the cache cannot be written.
     """
     loaded = load_template(template, needs=("conversation", "response"))
-    calls = _calls(pairs, chat.model, sampling, loaded)
+    places = _places_by_key(pairs, chat.model, sampling=sampling, template=loaded)
     found: dict[str, Critique] = {}
+
+    def receive(critique: Critique, *, cached: bool) -> None:
+        found[critique.key] = critique
+        if on_reply is None:
+            return
+        for index, side in places[critique.key]:
+            on_reply(replace(critique, pair_id=pairs[index].id, side=side, critic=critic), cached)
+
     todo = []
-    for key, call in calls.items():
+    for key in places:
         stored = cache.get(key)
         if stored is None or (stored.failure and retry_failed):
-            todo.append(call)
-            continue
-        found[key] = stored
-        _announce(call, stored, critic, cached=True, on_reply=on_reply)
+            todo.append(key)
+        else:
+            receive(stored, cached=True)
 
-    async def ask() -> None:
-        async for reply in chat.stream((call.request for call in todo), sampling):
-            critique = _critique(reply, calls[reply.id], critic, loaded)
-            cache.put(critique)
-            found[reply.id] = critique
-            _announce(calls[reply.id], critique, critic, cached=False, on_reply=on_reply)
+    def ask(key: str) -> ChatRequest:
+        index, side = places[key][0]
+        messages = critique_messages(pairs[index].prompt, pairs[index].completion(side), template=loaded)
+        return ChatRequest(id=key, messages=messages)
+
+    async def answer() -> None:
+        # Rendered one by one as calls end, so that the prompts are not all in memory.
+        replies = chat.stream((ask(key) for key in todo), sampling)
+        try:
+            async for reply in replies:
+                index, side = places[reply.id][0]
+                critique = _critique(reply, pairs[index].id, side, critic=critic, prompt_version=loaded.version)
+                cache.put(critique)
+                receive(critique, cached=False)
+        finally:
+            if isinstance(replies, AsyncGenerator):
+                await replies.aclose()
 
     if todo:
-        asyncio.run(ask())
-    by_place = {
-        place: replace(found[key], pair_id=place[0], side=place[1], critic=critic)
-        for key, call in calls.items()
-        for place in call.places
-    }
-    return [by_place[pair.id, side] for pair in pairs for side in SIDES]
+        asyncio.run(answer())
+    missing = [key for key in todo if key not in found]
+    if missing:
+        raise CriticError(f"{chat.model} left {len(missing)} calls without a reply. Run the same command again.")
+    ordered = {place: key for key, group in places.items() for place in group}
+    return [
+        replace(found[ordered[index, side]], pair_id=pair.id, side=side, critic=critic)
+        for index, pair in enumerate(pairs)
+        for side in SIDES
+    ]
 
 
-def _calls(
-    pairs: Sequence[PreferencePair], model: str, sampling: Sampling, template: Template
-) -> dict[str, _Call]:
-    """Key -> call, in the order of keys: a hash's order says nothing of which completion is the chosen one."""
-    places: dict[str, list[tuple[str, Side]]] = {}
-    requests: dict[str, ChatRequest] = {}
+def _places_by_key(
+    pairs: Sequence[PreferencePair], model: str, *, sampling: Sampling, template: Template
+) -> dict[str, list[_Place]]:
+    """Key of each distinct call -> the completions it answers: identical ones share a call.
+
+    In the order of keys: a hash's order says nothing of which completion is the chosen one.
+    """
+    places: dict[str, list[_Place]] = {}
     facts = [sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.seed]
-    for pair in pairs:
+    for index, pair in enumerate(pairs):
         for side in SIDES:
             messages = critique_messages(pair.prompt, pair.completion(side), template=template)
             key = content_hash(model, facts, template.version, [[m.role, m.content] for m in messages])
-            places.setdefault(key, []).append((pair.id, side))
-            requests[key] = ChatRequest(id=key, messages=messages)
-    return {key: _Call(requests[key], tuple(places[key])) for key in sorted(places)}
+            places.setdefault(key, []).append((index, side))
+    return dict(sorted(places.items()))
 
 
-def _critique(reply: Reply, call: _Call, critic: str, template: Template) -> Critique:
-    pair_id, side = call.places[0]
+def _critique(reply: Reply, pair_id: str, side: Side, *, critic: str, prompt_version: str) -> Critique:
     failure = reply.failure or ("" if reply.text.strip() else "empty reply")
     return Critique(
         key=reply.id,
@@ -121,7 +139,7 @@ def _critique(reply: Reply, call: _Call, critic: str, template: Template) -> Cri
         side=side,
         text="" if failure else reply.text.strip(),
         critic=critic,
-        prompt_version=template.version,
+        prompt_version=prompt_version,
         n_prompt_tokens=reply.n_prompt_tokens,
         n_completion_tokens=reply.n_completion_tokens,
         seconds=round(reply.seconds, 3),
@@ -130,34 +148,33 @@ def _critique(reply: Reply, call: _Call, critic: str, template: Template) -> Cri
     )
 
 
-def _announce(call: _Call, critique: Critique, critic: str, *, cached: bool, on_reply: OnReply | None) -> None:
-    if on_reply is not None:
-        for place in call.places:
-            on_reply(replace(critique, pair_id=place[0], side=place[1], critic=critic), cached)
-
-
 def critique_with_progress(
     pairs: Sequence[PreferencePair], chat: Chat, *, critic: str, console: Console, **settings: Any
 ) -> list[Critique]:
-    """`critique_pairs` with a progress bar: done, cached, failed, tokens per second, time left."""
+    """`critique_pairs` with a progress bar: done, cached, failed, tokens read and written, rate, time left."""
+    # No text is read as markup: a critic's name may hold brackets. The bar and the time left keep their 50 places.
+    name = Column(max_width=20, no_wrap=True, overflow="ellipsis")
+    rest = Column(max_width=max(20, console.width - 50), no_wrap=True, overflow="ellipsis")
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[ledger]}"),
+        TextColumn("{task.fields[ledger]}", markup=False, table_column=rest),
     )
     counts: Counter[str] = Counter()
     started = time.monotonic()
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"critique {critic}", total=2 * len(pairs), ledger="")
+        task = progress.add_task(f"critic {critic}", total=2 * len(pairs), ledger="")
 
         def on_reply(critique: Critique, cached: bool) -> None:
-            counts["cached" if cached else "failed" if critique.failure else "written"] += 1
-            counts["tokens"] += 0 if cached else critique.n_completion_tokens
-            rate = counts["tokens"] / max(time.monotonic() - started, 1e-9)
-            ledger = f"{counts['cached']} cached, {counts['failed']} failed, {rate:.0f} tokens/s"
+            counts["cached"] += cached
+            counts["failed"] += bool(critique.failure)
+            counts["read"] += 0 if cached else critique.n_prompt_tokens
+            counts["written"] += 0 if cached else critique.n_completion_tokens
+            rate = counts["written"] / max(time.monotonic() - started, 1e-9)
+            tokens = f"{rate:.0f} tokens/s, {counts['read']:,} in, {counts['written']:,} out"
+            ledger = f"{counts['cached']} cached, {counts['failed']} failed, {tokens}"
             progress.update(task, advance=1, ledger=ledger)
 
         return critique_pairs(pairs, chat, critic=critic, on_reply=on_reply, **settings)
@@ -173,50 +190,60 @@ def read_critiques(path: str | Path, *, critic: str | None = None) -> list[Criti
     Raises:
         DataError: a row lacks a field, names an unknown side, is empty or repeated; names file, line and field.
     """
-    name = critic or Path(path).name.partition(".")[0]
-    rows, seen = [], set()
+    # `gpt-4.1.jsonl.gz` is by gpt-4.1.
+    stem = Path(Path(path).name.removesuffix(".gz")).stem
+    rows: list[Critique] = []
+    seen: set[tuple[str, str, Side]] = set()
     for number, row in read_rows(path):
-        critique = _read_row(row, critic, name, str(path), number)
-        place = (critique.pair_id, critique.side)
+        try:
+            critique = _read_row(row, critic or str(row.get("critic") or stem))
+        except DataError as error:
+            raise DataError(error.reason, path=str(path), line=number, field=error.field) from None
+        place = (critique.critic, critique.pair_id, critique.side)
         if place in seen:
-            raise DataError(f"a second critique of {place[0]!r}, {place[1]}", path=str(path), line=number, field="pair_id")
+            reason = f"a second critique of {place[1]!r}, {place[2]}: keep one"
+            raise DataError(reason, path=str(path), line=number, field="pair_id")
         seen.add(place)
         rows.append(critique)
     return rows
 
 
-def _read_row(row: dict[str, Any], critic: str | None, name: str, path: str, number: int) -> Critique:
-    def bad(field: str, reason: str) -> DataError:
-        return DataError(reason, path=path, line=number, field=field)
-
-    pair_id, side = row.get("pair_id"), row.get("side")
-    if not isinstance(pair_id, (str, int)) or pair_id == "":
-        raise bad("pair_id", "missing: which pair is it about?")
+def _read_row(row: dict[str, Any], critic: str) -> Critique:
+    pair_id, side, score = row.get("pair_id"), row.get("side"), row.get("score")
+    if not isinstance(pair_id, (str, int)) or isinstance(pair_id, bool) or pair_id == "":
+        raise DataError("missing: which pair is it about?", field="pair_id")
     if side not in SIDES:
-        raise bad("side", f"must be 'chosen' or 'rejected', not {side!r}")
-    text, failure = row.get("critique", row.get("text")), str(row.get("failure") or "")
+        raise DataError(f"must be 'chosen' or 'rejected', not {side!r}", field="side")
+    name = "critique" if "critique" in row else "text" if "text" in row else "critique"
+    text, failure = row.get(name), str(row.get("failure") or "")
     if not isinstance(text, str):
-        raise bad("critique", "missing: it must be text")
+        raise DataError("missing: it must be text", field=name)
     if not text.strip() and not failure:
-        raise bad("critique", "empty: a critique that failed carries its reason in 'failure'")
-    score = row.get("score")
-    if score is not None and not isinstance(score, (int, float)):
-        raise bad("score", f"must be a number, not {score!r}")
+        raise DataError("empty: leave the row out, or give the reason of a failed call in 'failure'", field=name)
+    if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
+        raise DataError(f"must be a number, not {score!r}", field="score")
     return Critique(
-        key=str(row.get("key") or content_hash(path, pair_id, side, text)),
+        key=str(row.get("key") or content_hash("imported", critic, pair_id, side, text)),
         pair_id=str(pair_id),
         side=side,
         text=text.strip(),
-        critic=critic or str(row.get("critic") or name),
+        critic=critic,
         prompt_version=str(row.get("prompt_version") or ""),
-        n_prompt_tokens=int(row.get("n_prompt_tokens") or 0),
-        n_completion_tokens=int(row.get("n_completion_tokens") or 0),
-        cost=float(row.get("cost") or 0.0),
-        seconds=float(row.get("seconds") or 0.0),
+        n_prompt_tokens=int(_number(row, "n_prompt_tokens")),
+        n_completion_tokens=int(_number(row, "n_completion_tokens")),
+        cost=_number(row, "cost"),
+        seconds=_number(row, "seconds"),
         finish_reason=str(row.get("finish_reason") or ""),
         score=score,
         failure=failure,
     )
+
+
+def _number(row: dict[str, Any], name: str) -> float:
+    try:
+        return float(row.get(name) or 0)
+    except (TypeError, ValueError):
+        raise DataError(f"must be a number, not {row[name]!r}", field=name) from None
 
 
 def open_chat(model: str, *, base_url: str | None = None, concurrency: int = 16, timeout: float = 60.0) -> Chat:
@@ -227,10 +254,14 @@ def open_chat(model: str, *, base_url: str | None = None, concurrency: int = 16,
         base_url: the OpenAI-compatible endpoint of a served model.
         concurrency: calls under way at once at an endpoint.
         timeout: seconds to wait for an answer of an endpoint.
+
+    Raises:
+        ConfigError: the settings do not fit together.
+        CriticError: a hosted model is named and there is no key.
     """
     if model.startswith(("embedded:", "local:")):
         if base_url:
-            raise ConfigError(f"{model} runs in this process: leave out the base URL {base_url!r}")
+            raise ConfigError(f"{model} runs in this process: leave out --base-url")
         from critrm.local_llm import LocalChat
 
         return LocalChat(model.removeprefix("local:"))
@@ -287,13 +318,15 @@ def command(
         limit: only so many pairs.
         skip_bad: leave out rows that cannot be read instead of stopping at the first.
     """
-    found = read_pairs(pairs, split=split, source=source, subset=subset, limit=limit, skip_bad=skip_bad).pairs
+    started = time.time()
+    load_template(template, needs=("conversation", "response"))
     chat = open_chat(model, base_url=base_url, concurrency=concurrency, timeout=timeout)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    found = read_pairs(pairs, split=split, source=source, subset=subset, limit=limit, skip_bad=skip_bad)
     console = Console()
     with CritiqueCache(cache or default_cache_path()) as store:
         rows = critique_with_progress(
-            found,
+            found.pairs,
             chat,
             critic=critic or model,
             console=console,
@@ -303,28 +336,33 @@ def command(
             retry_failed=retry_failed,
         )
     write_records(out, rows)
-    console.print(_summary(rows))
+    facts = {"pairs": pairs, "critic": critic or model, "model": model, "prompt_version": template_version(template)}
+    name = f"{out.name}.manifest.json"
+    write_manifest(
+        out.parent, name=name, config=facts | asdict(sampling), started=started, inputs=[pairs], seeds=[seed]
+    )
+    console.print(_summary(rows, n_skipped=len(found.skipped)))
     if all(row.failure for row in rows):
         raise CriticError(f"no call succeeded: {rows[0].failure}. Mend the cause and add --retry-failed.")
-    console.print(f"Critiques: {out}", soft_wrap=True)
+    console.print(f"Critiques: {out}", soft_wrap=True, markup=False)
 
 
-def _summary(rows: Sequence[Critique]) -> Table:
-    table = Table(title="Critiques")
-    table.add_column("")
-    table.add_column("critiques", justify="right")
-    for line in _summary_lines(rows):
-        table.add_row(*line)
-    return table
-
-
-def _summary_lines(rows: Sequence[Critique]) -> Iterator[tuple[str, str]]:
+def _summary(rows: Sequence[Critique], *, n_skipped: int) -> Table:
     good = [row for row in rows if not row.failure]
-    yield "written", str(len(good))
-    cut = sum(row.finish_reason == "length" for row in good)
-    if cut:
-        yield "  of them cut at --max-tokens", str(cut)
-    for reason, count in Counter(row.failure for row in rows if row.failure).most_common():
-        yield f"failed: {reason} (--retry-failed asks again)", str(count)
-    yield "tokens read", f"{sum(row.n_prompt_tokens for row in rows):,}"
-    yield "tokens written", f"{sum(row.n_completion_tokens for row in rows):,}"
+    n_cut = sum(row.finish_reason == "length" for row in good)
+    failures: dict[str, list[str]] = {}
+    for row in rows:
+        if row.failure:
+            # "http 400: 9000 tokens are too many" and its like differ from row to row.
+            failures.setdefault(row.failure.partition(":")[0], []).append(row.failure)
+    table = Table("", Column("critiques", justify="right"), title="Critiques")
+    table.add_row("written", f"{len(good):,}")
+    if n_cut:
+        table.add_row("  of them cut at --max-tokens", f"{n_cut:,}")
+    for texts in sorted(failures.values(), key=len, reverse=True):
+        table.add_row(escape(f"failed: {texts[0]} (--retry-failed asks again)"), f"{len(texts):,}")
+    if n_skipped:
+        table.add_row("pairs left out by --skip-bad", f"{n_skipped:,}")
+    table.add_row("tokens read", f"{sum(row.n_prompt_tokens for row in rows):,}")
+    table.add_row("tokens written", f"{sum(row.n_completion_tokens for row in rows):,}")
+    return table

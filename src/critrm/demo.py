@@ -1,4 +1,4 @@
-"""The whole method in one command, on the bundled pairs with the embedded model: three arms that differ in the critic."""
+"""The whole method in one command: three arms that differ in the critic, on bundled pairs and the embedded model."""
 
 from pathlib import Path
 
@@ -67,7 +67,10 @@ def _quick(recipe: Recipe) -> Recipe:
 def _examples(out: Path, recipe: Recipe, critic: str) -> list[Panel]:
     """The test pairs whose outcome this critic's arm turned furthest, with the critiques and the rewards they got."""
     name, source = next(iter(recipe.preferences.test.items()))
-    arm = {item.pair.id: item for item in read_records(out / "augment" / name / f"{file_name(critic)}.jsonl", CritiquedPair)}
+    arm = {
+        item.pair.id: item
+        for item in read_records(out / "augment" / name / f"{file_name(critic)}.jsonl", CritiquedPair)
+    }
     scores = {which: _first_seed(out, recipe, which, name, source.benchmark) for which in (NO_CRITIC, critic)}
     gained = sorted(arm, key=lambda pair_id: _gap(scores[NO_CRITIC][pair_id]) - _gap(scores[critic][pair_id]))
     return [_panel(arm[pair_id], critic, scores[critic][pair_id], scores[NO_CRITIC][pair_id]) for pair_id in gained[:1]]
@@ -100,5 +103,3 @@ def _panel(item: CritiquedPair, critic: str, score: Score, without: Score) -> Pa
 def _short(text: str, length: int = 160) -> str:
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
-
-

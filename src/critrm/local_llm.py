@@ -1,160 +1,247 @@
-"""Chat with a model in this process: the embedded default, or any local folder or hub id."""
+"""Chat over a model in this process: the embedded default, or any causal language model of the hub or a folder.
+
+Made for CPUs, where reading the prompt costs as much as writing the reply: every prompt is read alone, so no work goes
+into padding, and rows that are done give their place in the batch to waiting ones.
+"""
 
 import asyncio
 import hashlib
 import itertools
+import random
 import time
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from critrm import models
+from critrm.errors import ConfigError
 from critrm.llm import ChatRequest, Reply, Sampling
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+_KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 WINDOW = 512
-"""Requests that are sorted by length at a time, so that batches are even and memory is bounded."""
-
-
-@dataclass(slots=True)
-class _Row:
-    """One request while it is answered."""
-
-    request: ChatRequest
-    prompt: list[int]
-    generator: torch.Generator
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str = ""
+"""How many requests are drawn and sorted by length at a time."""
+MAX_CACHED_TOKENS = 65_536
+"""Bound on rows x width of the key-value cache: 1.5 GB for SmolLM2-135M in bf16."""
+REFILL_BELOW = 0.75
+"""The batch is packed anew when fewer of its rows than this are still being written."""
+NEXT_TURN = "\n\nUser:"
+"""Where a model without a chat format begins to write the user's part; its reply ends there."""
 
 
 class LocalChat:
-    """Answers chat requests with a causal language model; loaded when the first request comes."""
+    """A `Chat` that generates with a model in this process."""
 
-    def __init__(self, model: str, *, batch_size: int = 32, device: str | None = None, precision: Literal["auto", "fp32", "bf16"] = "auto") -> None:
-        """Say which model; nothing is loaded yet.
+    def __init__(self, model: str, *, batch_size: int = 32, device: str | None = None, dtype: str = "auto") -> None:
+        """Name the model; its weights are loaded by the first request, so a run that is all cached loads nothing.
 
         Args:
-            model: `embedded:NAME`, a folder or a hub id.
-            batch_size: requests answered at once.
-            device: the best there is when None.
-            precision: `fp32`, `bf16`, or `auto`: bf16 where the hardware computes in it.
+            model: `embedded:NAME`, a hub id or a folder.
+            batch_size: how many replies are written at once.
+            device: `cpu`, `cuda`, ...; the best there is when None.
+            dtype: `fp32`, `bf16`, or `auto` (bf16 where the hardware computes in it).
         """
-        self.model = model
-        self.batch_size, self.device, self.precision = batch_size, device or models.choose_device(), precision
-        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
-
-    def _load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        if self._loaded is None:
-            precision = models.choose_precision(self.device) if self.precision == "auto" else self.precision
-            model = models.load_causal_lm(self.model, dtype=precision)
-            model.to(self.device)  # type: ignore[arg-type]
-            self._loaded = model, models.load_tokenizer(self.model)
-        return self._loaded
+        self.model, self.batch_size = model, batch_size
+        self._device, self._dtype = device, dtype
+        self._loaded: _Loaded | None = None
 
     async def stream(self, requests: Iterable[ChatRequest], sampling: Sampling) -> AsyncIterator[Reply]:
-        """Yield a reply per request, batch by batch; the longest prompts of each window come first.
+        """Yield one reply per request, longest prompts of each window first.
+
+        A prompt that leaves no room in the context is a failed reply.
 
         Raises:
-            ModelError: the model cannot be loaded.
+            ModelError: the model cannot be loaded, or its chat template refuses a conversation.
         """
-        source = iter(requests)
-        while window := list(itertools.islice(source, WINDOW)):
-            model, tokenizer = await asyncio.to_thread(self._load)
-            context = min(int(model.config.max_position_embeddings), int(tokenizer.model_max_length))
-            rows = []
-            for request in window:
-                prompt = models.encode_chat(tokenizer, request.messages)
-                if len(prompt) + 1 > context:
-                    reason = f"the prompt of {len(prompt)} tokens exceeds the context of {context}"
-                    yield Reply(id=request.id, failure=reason)
-                else:
-                    rows.append(_Row(request, prompt, _generator(request, sampling)))
-            rows.sort(key=lambda row: -len(row.prompt))
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
-                started = time.perf_counter()
-                await asyncio.to_thread(self._generate, batch, sampling, context)
-                seconds = (time.perf_counter() - started) / len(batch)
-                for row in batch:
-                    yield self._reply(row, tokenizer, seconds)
+        pending = iter(requests)
+        while window := list(itertools.islice(pending, WINDOW)):
+            # Generation runs in a thread, one pack of replies at a time: the event loop stays free, Ctrl-C is heard.
+            packs = self._answer(window, sampling)
+            while (replies := await asyncio.to_thread(next, packs, None)) is not None:
+                for reply in replies:
+                    yield reply
 
-    def _reply(self, row: _Row, tokenizer: "PreTrainedTokenizerBase", seconds: float) -> Reply:
-        text: Any = tokenizer.decode(row.tokens, skip_special_tokens=True)
-        return Reply(
-            id=row.request.id,
-            text=text.strip(),
-            n_prompt_tokens=len(row.prompt),
-            n_completion_tokens=len(row.tokens),
-            finish_reason=row.finish_reason,
-            seconds=seconds,
-            failure="" if text.strip() else "empty reply",
-        )
-
-    @torch.inference_mode()
-    def _generate(self, batch: list[_Row], sampling: Sampling, context: int) -> None:
-        """Fill in the rows' tokens. Rows that are finished leave the batch, so that the rest go faster."""
-        model, tokenizer = self._load()
-        ends = _end_tokens(model, tokenizer)
-        width = max(len(row.prompt) for row in batch)
-        pads = [width - len(row.prompt) for row in batch]
-        ids = torch.tensor([[0] * pad + row.prompt for pad, row in zip(pads, batch, strict=True)], device=self.device)
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=self.device)
-        cache, alive = DynamicCache(), list(batch)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        for _ in range(sampling.max_tokens):
-            logits = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            ).logits[:, -1]
-            chosen = _choose(logits, alive, sampling)
-            for row, token in zip(alive, chosen, strict=True):
-                _append(row, token, ends, sampling, context)
-            going = [index for index, row in enumerate(alive) if not row.finish_reason]
-            if not going:
-                return
-            ids = torch.tensor([[chosen[index]] for index in going], device=self.device)
-            positions = positions[going, -1:] + 1
-            mask = mask[going]
-            if len(going) < len(alive):
-                cache.batch_select_indices(torch.tensor(going, device=self.device))
-                alive = [alive[index] for index in going]
-            mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+    def _answer(self, window: list[ChatRequest], sampling: Sampling) -> Iterator[list[Reply]]:
+        if self._loaded is None:
+            self._loaded = _load(self.model, self._device, self._dtype)
+        loaded = self._loaded
+        rows, too_long = [], []
+        for request in window:
+            ids = models.encode_chat(loaded.tokenizer, request.messages)
+            if len(ids) < loaded.context:
+                rows.append(_Row(request.id, ids, min(sampling.max_tokens, loaded.context - len(ids)), sampling.seed))
+            else:
+                failure = f"prompt of {len(ids)} tokens exceeds the context of {loaded.context}"
+                too_long.append(Reply(id=request.id, n_prompt_tokens=len(ids), failure=failure))
+        if too_long:
+            yield too_long
+        for finished in _generate(loaded, rows, sampling=sampling, batch_size=self.batch_size):
+            yield [_reply(row, loaded.tokenizer) for row in finished]
 
 
-def _append(row: _Row, token: int, ends: set[int], sampling: Sampling, context: int) -> None:
-    if token in ends:
-        row.finish_reason = "stop"
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    """How many tokens prompt and reply may have together."""
+    stop_ids: frozenset[int]
+
+
+def _load(name: str, device: str | None, dtype: str) -> _Loaded:
+    device = device or models.choose_device()
+    precision = models.choose_precision(device) if dtype == "auto" else dtype
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"dtype {dtype!r} is none of auto, fp32, bf16")
+    model: Any = models.load_causal_lm(name, dtype=cast(models.Precision, precision))
+    model.to(device)
+    tokenizer = models.load_tokenizer(name)
+    named = model.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    context = model.config.get_text_config().max_position_embeddings
+    return _Loaded(model, tokenizer, context, frozenset(stop_ids))
+
+
+class _Row:
+    """One reply being written."""
+
+    def __init__(self, id: str, prompt: list[int], max_tokens: int, seed: int) -> None:
+        self.id, self.prompt, self.max_tokens = id, prompt, max_tokens
+        self.tokens: list[int] = []
+        self.finish_reason = ""
+        self.started, self.seconds = time.monotonic(), 0.0
+        # Drawn per row from what is asked, so that a reply does not depend on its neighbours in the batch.
+        self.random = random.Random(hashlib.sha256(repr((seed, prompt)).encode()).digest())
+        self.cache: list[_KeyValue] = []
+        """Per layer (n_heads, n_seen, head_dim) keys and values, while the row is not packed."""
+
+    @property
+    def n_seen(self) -> int:
+        """How many tokens are in the cache: all but the last one drawn."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    def add(self, token: int, stop_ids: frozenset[int]) -> None:
+        """Take the next token; afterwards `finish_reason` says whether it was the last."""
+        if token in stop_ids:
+            self.finish_reason = "stop"
+        else:
+            self.tokens.append(token)
+            self.finish_reason = "length" if len(self.tokens) >= self.max_tokens else ""
+        self.seconds = time.monotonic() - self.started
+
+
+def _generate(loaded: _Loaded, rows: list[_Row], *, sampling: Sampling, batch_size: int) -> Iterator[list[_Row]]:
+    """Write the replies of all rows, and yield rows as they are done.
+
+    Longest first: a row that joins a batch never makes it wider than those before it did.
+    """
+    waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
+    live: list[_Row] = []
+    while waiting or live:
+        width = max(row.n_seen + row.max_tokens for row in (*live, *itertools.islice(waiting, 1)))
+        n_places = max(1, min(batch_size, MAX_CACHED_TOKENS // width))
+        while waiting and len(live) < n_places:
+            live.append(waiting.popleft())
+            _read_prompt(loaded, live[-1], sampling)
+        _write(loaded, [row for row in live if not row.finish_reason], sampling)
+        yield [row for row in live if row.finish_reason]
+        live = [row for row in live if not row.finish_reason]
+
+
+@torch.inference_mode()
+def _read_prompt(loaded: _Loaded, row: _Row, sampling: Sampling) -> None:
+    """Fill a row's cache and draw its first token."""
+    row.started = time.monotonic()
+    ids = torch.tensor([row.prompt], device=loaded.model.device)
+    cache = DynamicCache()
+    logits = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    row.cache = [(keys[0], values[0]) for keys, values, _ in cache]
+    row.add(_draw(logits, [row], sampling)[0], loaded.stop_ids)
+
+
+@torch.inference_mode()
+def _write(loaded: _Loaded, rows: list[_Row], sampling: Sampling) -> None:
+    """Go on with all rows, token by token, until so many are done that a new pack is better."""
+    n_enough = REFILL_BELOW * len(rows)
+    if not rows:
         return
-    row.tokens.append(token)
-    if len(row.tokens) == sampling.max_tokens or len(row.prompt) + len(row.tokens) == context:
-        row.finish_reason = "length"
+    cache, mask = _pack(rows)
+    n_live = len(rows)
+    while n_live and n_live >= n_enough:
+        ids = torch.tensor([[row.tokens[-1]] for row in rows], device=mask.device)
+        positions = torch.tensor([[row.n_seen] for row in rows], device=mask.device)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        logits = loaded.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+        for row, token in zip(rows, _draw(logits, rows, sampling), strict=True):
+            # A finished row goes through the model until the next pack; what it says then is dropped.
+            if not row.finish_reason:
+                row.add(token, loaded.stop_ids)
+        n_live = sum(not row.finish_reason for row in rows)
+    for i, row in enumerate(rows):
+        row.cache = [] if row.finish_reason else [(k[i, :, -row.n_seen :], v[i, :, -row.n_seen :]) for k, v, _ in cache]
 
 
-def _generator(request: ChatRequest, sampling: Sampling) -> torch.Generator:
-    """A stream of random numbers of the request's own, so that a reply does not depend on its neighbours."""
-    digest = hashlib.sha256(f"{sampling.seed} {request.id}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+def _pack(rows: list[_Row]) -> tuple[DynamicCache, torch.Tensor]:
+    """One cache of all rows, padded on the left, and its mask of shape (n_rows, width)."""
+    width = max(row.n_seen for row in rows)
+    packed = []
+    for layer in zip(*(row.cache for row in rows), strict=True):
+        packed.append(tuple(_pad_left([pair[side] for pair in layer], width) for side in (0, 1)))
+    device = packed[0][0].device
+    mask = torch.tensor([[0] * (width - row.n_seen) + [1] * row.n_seen for row in rows], device=device)
+    for row in rows:
+        row.cache = []
+    return DynamicCache(packed), mask
 
 
-def _choose(logits: torch.Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
-    """The next token of each row; greedy at temperature 0, else from the most likely ones that hold `top_p`."""
-    if sampling.temperature == 0:
-        found: list[int] = logits.argmax(-1).tolist()
-        return found
-    shares = torch.softmax(logits.float().cpu() / sampling.temperature, dim=-1)
-    ordered, tokens = shares.sort(dim=-1, descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0.0
-    return [
-        int(tokens[index, torch.multinomial(ordered[index], 1, generator=row.generator)])
-        for index, row in enumerate(rows)
-    ]
+def _pad_left(tensors: list[torch.Tensor], width: int) -> torch.Tensor:
+    n_heads, _, dim = tensors[0].shape
+    out = tensors[0].new_zeros(len(tensors), n_heads, width, dim)
+    for row, tensor in zip(out, tensors, strict=True):
+        row[:, width - tensor.shape[1] :] = tensor
+    return out
 
 
-def _end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
+def _draw(logits: torch.Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
+    """The next token of each row from (n_rows, n_vocabulary) logits.
+
+    Above temperature 0: by inverting the cumulative distribution, so that each row needs one random number.
+    """
+    if sampling.temperature <= 0:
+        return [int(token) for token in logits.argmax(-1)]
+    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    order = None
+    if sampling.top_p < 1:
+        # Sorting the whole vocabulary takes as long as the model does; nearly always the nucleus is far smaller.
+        largest, order = probabilities.topk(min(1024, probabilities.shape[-1]))
+        if bool((largest.sum(-1) < sampling.top_p).any()):
+            largest, order = probabilities.sort(descending=True)
+        before = largest.cumsum(-1) - largest
+        probabilities = largest * (before < sampling.top_p)
+    cumulated = probabilities.cumsum(-1)
+    points = torch.tensor([[row.random.random()] for row in rows], device=logits.device) * cumulated[:, -1:]
+    found = torch.searchsorted(cumulated, points)
+    chosen = found if order is None else order.gather(-1, found)
+    return [int(token) for token in chosen[:, 0]]
+
+
+def _reply(row: _Row, tokenizer: PreTrainedTokenizerBase) -> Reply:
+    text = str(tokenizer.decode(row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    reason = row.finish_reason
+    if not tokenizer.chat_template and NEXT_TURN in text:
+        text, reason = text.partition(NEXT_TURN)[0], "stop"
+    return Reply(
+        id=row.id,
+        text=text.strip(),
+        n_prompt_tokens=len(row.prompt),
+        n_completion_tokens=len(row.tokens),
+        finish_reason=reason,
+        seconds=row.seconds,
+        failure="" if text.strip() else "the model wrote nothing",
+    )

@@ -1,7 +1,7 @@
 """Outcomes -> numbers: accuracy, sections, intervals and paired tests; the only place that weighs a tie.
 
 Accuracy is strict, as in section 4.1: right only if the chosen completion's reward is strictly higher. A tie is scored
-and not right; an unscored comparison (a reward that is not a number) is left out and counted apart, never right or wrong.
+and not right; an unscored comparison (a reward that is not a number) is left out and counted apart.
 """
 
 import math
@@ -201,7 +201,8 @@ def _bootstrap(
             seeds = rng.integers(len(arm), size=(n, max(1, len(arm) - 1)))
             means.append(np.take_along_axis(by_seed, seeds, axis=1).mean(axis=1))
         parts.append(means[0] - means[1])
-    return np.concatenate(parts)
+    # Rounding, or equal arms would seem to differ by 1e-17.
+    return np.round(np.concatenate(parts), 12)
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

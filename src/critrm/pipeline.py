@@ -33,7 +33,15 @@ from critrm.models import load_tokenizer
 from critrm.preferences import read_pairs
 from critrm.results import ArmScores, compare_arms, results_markdown, results_table
 from critrm.reward_model import RewardModel
-from critrm.store import CritiqueCache, content_hash, mark_stage_done, stage_is_done, write_manifest, write_records, write_text
+from critrm.store import (
+    CritiqueCache,
+    content_hash,
+    mark_stage_done,
+    stage_is_done,
+    write_manifest,
+    write_records,
+    write_text,
+)
 from critrm.train import held_out_loss, train_reward_model
 from critrm.types import NO_CRITIC, Critique, CritiquedPair, PreferencePair, Score
 
@@ -88,7 +96,9 @@ def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = Non
             _train_and_evaluate(run, augmented, critic, seed=seed, rate=rates[critic])
     results = _results(run, augmented, critiques, rates)
     inputs = [data_path(source.path) for source in _sources(recipe).values()]
-    write_manifest(run.out, config=recipe.model_dump(mode="json"), started=started, inputs=inputs, seeds=recipe.train.seeds)
+    write_manifest(
+        run.out, config=recipe.model_dump(mode="json"), started=started, inputs=inputs, seeds=recipe.train.seeds
+    )
     return results
 
 
@@ -97,7 +107,8 @@ def _sources(recipe: Recipe) -> dict[str, PairSource]:
 
 
 def _read_sets(run: Run) -> dict[str, tuple[PreferencePair, ...]]:
-    sets, owner = {}, {}
+    sets: dict[str, tuple[PreferencePair, ...]] = {}
+    owner: dict[str, str] = {}
     for name, source in _sources(run.recipe).items():
         found = read_pairs(
             str(data_path(source.path)),
@@ -110,14 +121,18 @@ def _read_sets(run: Run) -> dict[str, tuple[PreferencePair, ...]]:
         )
         for pair in found.pairs:
             if owner.setdefault(pair.id, name) != name:
-                raise DataError(f"the pair is in {owner[pair.id]!r} and in {name!r}; ids must be unique", field=f"id {pair.id}")
+                raise DataError(
+                    f"the pair is in {owner[pair.id]!r} and in {name!r}; ids must be unique", field=f"id {pair.id}"
+                )
         sets[name] = found.pairs
         write_records(run.out / "preferences" / f"{name}.jsonl", found.pairs)
         run.console.print(f"{name}: {len(found.pairs)} pairs", highlight=False)
     return sets
 
 
-def _critiques(run: Run, name: str, critic: CriticConfig, sets: Mapping[str, Sequence[PreferencePair]]) -> list[Critique]:
+def _critiques(
+    run: Run, name: str, critic: CriticConfig, sets: Mapping[str, Sequence[PreferencePair]]
+) -> list[Critique]:
     pairs = [pair for found in sets.values() for pair in found]
     if critic.file:
         wanted = {pair.id for pair in pairs}
@@ -144,7 +159,9 @@ def _augment(
         augmented[name] = augment_pairs(pairs, critiques, encode=encode, budget=Budget(run.recipe.augment.max_length))
         write_augmented(run.out / "augment" / name, augmented[name])
         counts = augmented[name].summary()
-        run.console.print(f"augment {name}: {counts['kept']} pairs kept, dropped {counts['dropped'] or 'none'}", highlight=False)
+        run.console.print(
+            f"augment {name}: {counts['kept']} pairs kept, dropped {counts['dropped'] or 'none'}", highlight=False
+        )
     return augmented
 
 
@@ -168,7 +185,9 @@ def _learning_rate(run: Run, arm: Sequence[CritiquedPair]) -> float:
 def _sweep_loss(run: Run, rest: list[CritiquedPair], held_out: list[CritiquedPair], rate: float) -> float:
     config, critic = run.recipe.train, rest[0].critic
     folder = run.out / TRAIN / file_name(critic) / f"learning-rate-{rate:g}"
-    fingerprint = content_hash(config.model_dump(), run.recipe.augment.max_length, [asdict(item) for item in rest + held_out])
+    fingerprint = content_hash(
+        config.model_dump(), run.recipe.augment.max_length, [asdict(item) for item in rest + held_out]
+    )
     marker = folder / "sweep"
     if not stage_is_done(marker, fingerprint):
         with run.timed("learning rates"):
@@ -191,7 +210,9 @@ def _sweep_loss(run: Run, rest: list[CritiquedPair], held_out: list[CritiquedPai
 
 def _train_and_evaluate(run: Run, augmented: Mapping[str, Augmented], critic: str, *, seed: int, rate: float) -> None:
     folder = run.out / "evaluate" / file_name(critic) / f"seed-{seed}"
-    config = run.recipe.train.model_dump(exclude={"seeds", "learning_rates", "n_held_out", "n_sweep", "checkpoint_minutes"})
+    config = run.recipe.train.model_dump(
+        exclude={"seeds", "learning_rates", "n_held_out", "n_sweep", "checkpoint_minutes"}
+    )
     data = {name: [asdict(item) for item in found.arms[critic]] for name, found in augmented.items()}
     fingerprint = content_hash(config, run.recipe.augment.max_length, seed, rate, data)
     if stage_is_done(folder, fingerprint):
@@ -250,7 +271,10 @@ def _results(
 
 def _seed_scores(run: Run, critic: str, name: str, source: PairSource) -> list[list[Score]]:
     folder = run.out / "evaluate" / file_name(critic)
-    return [read_scores(folder / f"seed-{seed}" / name / f"{source.benchmark}.scores.jsonl") for seed in run.recipe.train.seeds]
+    return [
+        read_scores(folder / f"seed-{seed}" / name / f"{source.benchmark}.scores.jsonl")
+        for seed in run.recipe.train.seeds
+    ]
 
 
 def _tokens(

@@ -250,7 +250,9 @@ def read_pairs(
             break
     if not pairs:
         chosen = ", ".join(f"{name} {sorted(wanted)}" for name, wanted in filters if wanted)
-        raise DataError(f"no pair is left{f' with {chosen}' if chosen else ''}; {len(skipped)} rows skipped", path=str(path))
+        raise DataError(
+            f"no pair is left{f' with {chosen}' if chosen else ''}; {len(skipped)} rows skipped", path=str(path)
+        )
     return PairSet(pairs=tuple(pairs.values()), skipped=tuple(skipped), dialect=dialect)
 
 
@@ -259,7 +261,11 @@ def _names(text: str) -> set[str]:
 
 
 def _rows(path: str, split: str, on_bad: Callable[[DataError], None]) -> Iterator[tuple[int, Fields]]:
-    if Path(path).exists() or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", path) or path.endswith((".gz", ".jsonl", ".json", ".parquet")):
+    if (
+        Path(path).exists()
+        or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", path)
+        or path.endswith((".gz", ".jsonl", ".json", ".parquet"))
+    ):
         yield from read_rows(path, on_bad=on_bad)
         return
     import datasets
@@ -288,7 +294,9 @@ def _pair(row: Fields, dialect: str, default_id: str) -> PreferencePair:
             raise _bad(side, "empty")
     if fields["chosen"].strip() == fields["rejected"].strip():
         raise _bad("rejected", "identical to the chosen completion")
-    own_id = next((row[name] for name in ("id", "pair_uid", "idx", "prompt_id") if row.get(name) not in (None, "")), default_id)
+    own_id = next(
+        (row[name] for name in ("id", "pair_uid", "idx", "prompt_id") if row.get(name) not in (None, "")), default_id
+    )
     return PreferencePair(
         id=str(own_id),
         prompt=prompt,

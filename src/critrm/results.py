@@ -27,7 +27,7 @@ def compare_arms(pairs: Sequence[PreferencePair], arms: ArmScores, *, benchmark:
 
     Returns:
         Group -> number of pairs and, per arm: `mean` strict accuracy over seeds with its `std`, the 95 % Wilson interval
-        `low` to `high` over items at that mean, ties and unscored pairs over all seeds, and the `difference` from the
+        `low` to `high` over items at it, ties and unscored pairs over all seeds, and the `difference` from the
         No-Critiques arm (paired bootstrap over items and seeds) with `p_value`, and `p_holm` adjusted over the subsets.
 
     Raises:
@@ -53,7 +53,7 @@ def _by_pair(scores: Sequence[Score], pairs: Sequence[PreferencePair], critic: s
 
 
 def _groups(pairs: Sequence[PreferencePair], benchmark: str) -> dict[str, list[str]]:
-    """Label -> pair ids: all pairs, the benchmark's sections of several subsets, and the subsets where there are several."""
+    """Label -> pair ids: all pairs; with several subsets, the sections that span some of them, and each subset."""
     table = BENCHMARKS[benchmark]
     by_subset: dict[str, list[str]] = {}
     for pair in pairs:
@@ -70,7 +70,8 @@ def _groups(pairs: Sequence[PreferencePair], benchmark: str) -> dict[str, list[s
 
 def _group(members: list[str], by_arm: Mapping[str, list[dict[str, Score]]]) -> dict[str, Any]:
     outcomes = {
-        critic: [[scores[pair_id].outcome for pair_id in members] for scores in seeds] for critic, seeds in by_arm.items()
+        critic: [[scores[pair_id].outcome for pair_id in members] for scores in seeds]
+        for critic, seeds in by_arm.items()
     }
     right = {critic: [correctness(seed) for seed in seeds] for critic, seeds in outcomes.items()}
     arms = {}
@@ -173,15 +174,20 @@ def costs_table(results: Mapping[str, Any]) -> Table:
 def results_markdown(results: Mapping[str, Any]) -> str:
     """A run's results as a Markdown table with its key."""
     titles, rows = _cells(results)
-    lines = ["| " + " | ".join(titles) + " |", "|" + "|".join("---" if i == 0 else "---:" for i in range(len(titles))) + "|"]
+    lines = [
+        "| " + " | ".join(titles) + " |",
+        "|" + "|".join("---" if i == 0 else "---:" for i in range(len(titles))) + "|",
+    ]
     for row in rows:
         name = row[0] if not row[0].startswith(" ") else "&nbsp;&nbsp;" + row[0].strip()
         lines.append("| " + " | ".join([name, *row[1:]]) + " |")
     rates = ", ".join(f"{critic} {rate:g}" for critic, rate in results["learning_rates"].items())
     lines += [
         "",
-        f"{results['n_train']} training pairs, backbone {results['backbone']}, seeds {results['seeds']}, learning rates: {rates}. "
-        "Strict accuracy (a tie is not right), mean over seeds ± standard deviation, [95 % Wilson interval over items]. "
+        f"{results['n_train']} training pairs, backbone {results['backbone']}, seeds {results['seeds']}, "
+        f"learning rates: {rates}. "
+        "Strict accuracy (a tie is not right), mean over seeds ± standard deviation, "
+        "[95 % Wilson interval over items]. "
         "Difference from no critiques with its 95 % interval and p from a paired bootstrap over items and seeds "
         "(exact McNemar for one seed), not adjusted for the number of rows.",
         "",

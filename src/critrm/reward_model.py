@@ -6,7 +6,6 @@ transformers classifiers loads it.
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,10 +58,11 @@ class RewardModel:
         facts = path / "critrm.json"
         reads = from_json(Reads, json.loads(facts.read_text(encoding="utf-8"))) if facts.is_file() else Reads()
         model, tokenizer = _load_classifier(str(folder))
-        loaded = cls(model, tokenizer, reads, name=path.name if path.is_dir() else str(folder))
+        loaded = cls(model, tokenizer, reads, name=str(folder))
         device = device or models.choose_device()
         loaded.precision = models.choose_precision(device) if precision == "auto" else precision
-        loaded.model.to(device).eval()
+        loaded.model.train(False)
+        torch.nn.Module.to(loaded.model, device)  # transformers' own `to` is not typed
         return loaded
 
     @classmethod
@@ -108,7 +108,7 @@ class RewardModel:
         Returns:
             One score per pair, in the given order.
         """
-        self.model.eval()
+        self.model.train(False)
         scores: dict[str, Score | None] = {}
 
         def encoded() -> Iterable[EncodedPair]:
@@ -160,18 +160,23 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _load_classifier(name: str, *, new_head: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = models.load_tokenizer(name)
-    # transformers warns of the new head; that it is new is the point.
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR if new_head else level)
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
-        )
+        # Quiet, since transformers warns of a new head, which is the point of `from_backbone`.
+        with models.quiet():
+            model, facts = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                num_labels=1,
+                dtype=torch.float32,
+                attn_implementation=PACKED_ATTENTION,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name}: cannot be loaded as a reward model ({error})") from error
-    finally:
-        logger.setLevel(level)
+    if not new_head and facts["missing_keys"]:
+        raise ModelError(
+            f"{name}: no reward model: its weights lack {', '.join(sorted(facts['missing_keys']))}. "
+            "A backbone becomes one with `critrm train`."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

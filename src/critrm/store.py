@@ -324,8 +324,9 @@ def write_manifest(
     seeds: Iterable[int] = (),
     cost: float = 0.0,
     notes: Iterable[str] = (),
+    name: str = "manifest.json",
 ) -> RunManifest:
-    """Write `manifest.json`: what produced this folder, so that somebody else can produce it again."""
+    """Write `manifest.json`: what produced this folder (or one file), so that somebody else can produce it again."""
     packages = ("critrm", "torch", "transformers", "accelerate", "peft", "datasets", "openai", "numpy", "scipy")
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in packages:
@@ -342,5 +343,5 @@ def write_manifest(
         cost=cost,
         notes=tuple(notes),
     )
-    write_text(Path(folder) / "manifest.json", json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n")
+    write_text(Path(folder) / name, json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n")
     return manifest

@@ -78,7 +78,10 @@ def scaled_warmup(config: TrainConfig, n_steps: int) -> tuple[int, str]:
     if n_steps >= PAPER_STEPS or config.warmup_steps == 0:
         return config.warmup_steps, ""
     warmup = min(config.warmup_steps, max(1, round(config.warmup_steps * n_steps / PAPER_STEPS)))
-    return warmup, f"warm-up scaled from {config.warmup_steps} to {warmup} steps: there are {n_steps} steps, not {PAPER_STEPS}"
+    return (
+        warmup,
+        f"warm-up scaled from {config.warmup_steps} to {warmup} steps: there are {n_steps} steps, not {PAPER_STEPS}",
+    )
 
 
 def train_reward_model(
@@ -126,7 +129,8 @@ def train_reward_model(
     checkpoint = _last_checkpoint(out, fingerprint)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if config.lora_rank:
-        trainer.model.save_pretrained(out / "adapter")
+        adapted: Any = trainer.model
+        adapted.save_pretrained(out / "adapter")
         reward_model.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).merge_and_unload()
     result = TrainResult(
         folder=out / "model",
@@ -201,7 +205,9 @@ def _with_adapters(model: Any, rank: int) -> Any:
 def collate(pairs: list[EncodedPair]) -> dict[str, Any]:
     """One packed row of several pairs, as the Trainer passes it to the model."""
     batch = pack(pairs)
-    return {name: getattr(batch, name) for name in ("input_ids", "position_ids", "score_positions", "groups", "margins")}
+    return {
+        name: getattr(batch, name) for name in ("input_ids", "position_ids", "score_positions", "groups", "margins")
+    }
 
 
 class _Pairs(torch.utils.data.Dataset[EncodedPair]):
@@ -221,12 +227,14 @@ class PairTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes what Trainer takes."""
         super().__init__(*args, **kwargs)
-        # The loss below divides by the number of pairs in the whole optimiser step, so the Trainer must not divide again.
+        # The loss below divides by the pairs of the whole optimiser step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         n_pairs = torch.tensor(sum(len(batch["margins"]) for batch in batch_samples), device=device)
-        return self.accelerator.gather(n_pairs).sum() / self.accelerator.num_processes
+        gathered: torch.Tensor = self.accelerator.gather(n_pairs)
+        mean: torch.Tensor = gathered.sum() / self.accelerator.num_processes
+        return mean
 
     def compute_loss(
         self,
@@ -244,7 +252,7 @@ class PairTrainer(Trainer):
 
 
 class TimedCheckpoints(TrainerCallback):
-    """Saves a checkpoint whenever enough time has passed: what a kill can cost is minutes, whatever the model's size."""
+    """Saves a checkpoint whenever enough time has passed: a kill costs minutes, whatever the model's size."""
 
     def __init__(self, minutes: float) -> None:
         """Args are the least minutes between two checkpoints."""
@@ -328,7 +336,9 @@ def _read_result(out: Path) -> TrainResult:
     return TrainResult(**row | {"folder": out / "model", "notes": tuple(row["notes"])})
 
 
-def held_out_loss(pairs: Sequence[CritiquedPair], scores: Sequence[Score], margins: Mapping[str, float] | None) -> float:
+def held_out_loss(
+    pairs: Sequence[CritiquedPair], scores: Sequence[Score], margins: Mapping[str, float] | None
+) -> float:
     """Mean ranking loss of scored pairs; what the learning rate is chosen by."""
     rewards = torch.tensor([[score.chosen, score.rejected] for score in scores])
     return float(ranking_loss(rewards, torch.tensor([margin_of(item, margins) for item in pairs])).mean())
@@ -384,5 +394,7 @@ def command(
     result = train_reward_model(pairs, config, out=out, seed=seed, max_length=max_length, console=console)
     for note in result.notes:
         console.print(f"[yellow]Note:[/] {note}")
-    console.print(f"{result.n_pairs} pairs, {result.n_tokens} tokens, {result.seconds:.0f} s, mean loss {result.loss:.3f}")
+    console.print(
+        f"{result.n_pairs} pairs, {result.n_tokens} tokens, {result.seconds:.0f} s, mean loss {result.loss:.3f}"
+    )
     console.print(f"Reward model: {result.folder}", soft_wrap=True)

@@ -54,7 +54,7 @@ N_PAIRS: dict[str, int] = {
 EXAMPLE_COUNTS: dict[str, int] = N_PAIRS | {
     # 447 pairs, weighted as much as the six code subsets together (6 x 164).
     "math-prm": 984,
-    # The official table has these two the other way round than the data; kept, or Safety would not match the leaderboard.
+    # The official table has these two the other way round than the data; kept, so that Safety matches the leaderboard.
     "xstest-should-refuse": 250,
     "xstest-should-respond": 154,
 }

@@ -1,0 +1,291 @@
+"""Scoring a benchmark: who may read which critiques, what is on disk, and what a second or a killed run does."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from critrm import evaluate as stage
+from critrm.augment import augment_pairs, write_augmented
+from critrm.errors import ConfigError, CriticMismatch, DataError, StorageError
+from critrm.evaluate import command, evaluate, read_result, read_scores, result_table
+from critrm.metrics import tally
+from critrm.reward_model import Reads, RewardModel
+from critrm.store import write_records
+from critrm.types import Critique, CritiquedPair, Outcome, Score
+
+
+class Scorer:
+    """A reward model whose rewards are known; counts what it is asked to score."""
+
+    name = "known"
+
+    def __init__(self, rewards=None, *, critic="c", fingerprint="f", stop_after=None):
+        self.rewards, self.critic, self.fingerprint, self.stop_after = rewards or {}, critic, fingerprint, stop_after
+        self.scored = []
+
+    def score(self, pairs, *, max_tokens_per_step, on_progress):
+        if self.stop_after is not None and len(self.scored) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.scored += [item.pair.id for item in pairs]
+        on_progress(len(pairs))
+        return [Score(item.pair.id, *self.rewards.get(item.pair.id, (1.0, 0.0))) for item in pairs]
+
+
+@pytest.fixture
+def items(pairs):
+    return [CritiquedPair(pair=pair, critic="c", chosen_critique="Good.", rejected_critique="Bad.") for pair in pairs]
+
+
+def _shown(table):
+    console = Console(width=200, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_accuracy_is_strict_by_subset_and_ties_are_apart(items):
+    rewards = {"pair-00": (0.0, 1.0), "pair-01": (2.0, 2.0), "pair-02": (math.nan, 1.0)}
+    result = evaluate(Scorer(rewards), items)
+    overall = result.overall
+    assert (overall.n_right, overall.n_wrong, overall.n_tie, overall.n_unscored) == (9, 1, 1, 1)
+    assert overall.accuracy.value == pytest.approx(9 / 11)
+    assert result.subsets["single-turn"].accuracy.value == pytest.approx(6 / 8)
+    assert result.subsets["multi-turn"].accuracy.value == 1.0
+    assert (result.model, result.critic, result.headline_value) == ("known", "c", pytest.approx(9 / 11))
+
+
+def test_critiques_of_another_critic_are_refused_unless_allowed(items):
+    scorer = Scorer(critic="other")
+    with pytest.raises(CriticMismatch, match="'other'.*'c'.*--allow-other-critic"):
+        evaluate(scorer, items)
+    assert scorer.scored == []
+    assert evaluate(scorer, items, allow_other_critic=True).critic == "c"
+    with pytest.raises(CriticMismatch, match="'none'"):
+        evaluate(Scorer(), [CritiquedPair(pair=item.pair) for item in items])
+
+
+def test_bad_pairs_are_refused_before_anything_is_scored(items):
+    scorer = Scorer()
+    with pytest.raises(DataError, match="no pairs"):
+        evaluate(scorer, [])
+    with pytest.raises(DataError, match="one critic"):
+        evaluate(scorer, [*items, replace(items[0], critic="d")])
+    with pytest.raises(DataError, match="ids must be unique"):
+        evaluate(scorer, [*items, items[3]])
+    with pytest.raises(DataError, match="no pair is of RewardBench"):
+        evaluate(scorer, items, benchmark="rewardbench")
+    with pytest.raises(ConfigError, match="no benchmark"):
+        evaluate(scorer, items, benchmark="nonsense")
+    assert scorer.scored == []
+
+
+def test_what_is_written_is_read_back(items, tmp_path):
+    rewards = {"pair-01": (math.nan, 0.25), "pair-03": (0.1, 0.30000000000000004), "pair-04": (math.inf, 0.0)}
+    result = evaluate(Scorer(rewards), items, out=tmp_path)
+    assert read_result(tmp_path / "pairs.json") == result
+    scores = {score.pair_id: score for score in read_scores(tmp_path / "pairs.scores.jsonl")}
+    assert list(scores) == [item.pair.id for item in items]
+    assert scores["pair-01"].outcome is Outcome.UNSCORED
+    assert (scores["pair-03"].chosen, scores["pair-03"].rejected) == rewards["pair-03"]
+    assert scores["pair-04"].outcome is Outcome.RIGHT
+    rows = [json.loads(line) for line in (tmp_path / "pairs.scores.jsonl").read_text().splitlines()]
+    assert rows[1]["chosen"] is None, "other tools read no NaN"
+    assert {(row["pair_id"], row["outcome"]) for row in rows[:2]} == {("pair-00", "right"), ("pair-01", "unscored")}
+    assert rows[2]["subset"] == "multi-turn"
+
+
+def test_rewards_on_disk_are_used_again(items, tmp_path):
+    first = evaluate(Scorer({"pair-05": (math.nan, 0.0)}), items, out=tmp_path)
+    again = Scorer()
+    assert evaluate(again, items[::-1], out=tmp_path).overall == first.overall
+    assert again.scored == []
+
+
+@pytest.mark.parametrize("change", ["model", "critique", "completion"])
+def test_whatever_a_reward_depends_on_makes_it_anew(items, tmp_path, change):
+    evaluate(Scorer(), items, out=tmp_path)
+    scorer = Scorer({"pair-03": (0.0, 1.0)}, fingerprint="g" if change == "model" else "f")
+    if change == "critique":
+        items[3] = replace(items[3], rejected_critique="Worse.")
+    elif change == "completion":
+        items[3] = replace(items[3], pair=replace(items[3].pair, chosen="Six."))
+    result = evaluate(scorer, items, out=tmp_path)
+    assert scorer.scored == ([item.pair.id for item in items] if change == "model" else ["pair-03"])
+    assert result.overall.n_wrong == 1
+    assert [score.pair_id for score in read_scores(tmp_path / "pairs.scores.jsonl")] == [item.pair.id for item in items]
+
+
+def test_fewer_pairs_leave_no_rewards_of_the_others(items, tmp_path):
+    evaluate(Scorer(), items, out=tmp_path)
+    again = Scorer()
+    assert evaluate(again, items[:4], out=tmp_path).overall.n_right == 4
+    assert again.scored == []
+    assert len(read_scores(tmp_path / "pairs.scores.jsonl")) == 4
+
+
+def test_benchmarks_share_a_folder(items, tmp_path):
+    evaluate(Scorer(), items, out=tmp_path)
+    evaluate(Scorer(), items, out=tmp_path, benchmark="pandalm")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "pairs.json", "pairs.scores.jsonl", "pandalm.json", "pandalm.scores.jsonl",
+    }  # fmt: skip
+
+
+def test_an_interrupted_run_goes_on_and_never_leaves_an_old_result(items, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "PAIRS_PER_SAVE", 5)
+    evaluate(Scorer(fingerprint="old"), items, out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Scorer(stop_after=5), items, out=tmp_path)
+    assert not (tmp_path / "pairs.json").exists()
+    assert len(read_scores(tmp_path / "pairs.scores.jsonl")) == 5
+    rest = Scorer()
+    assert evaluate(rest, items, out=tmp_path).overall.n_right == 12
+    assert rest.scored == [item.pair.id for item in items[5:]]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b'{"pair_id": "pair-00"}\n', b"\xff\xfe\n", b'{"chosen": "x", "rejected": 1}\n']
+)
+def test_a_damaged_file_of_rewards_is_made_anew_by_evaluate_and_named_by_read_scores(items, tmp_path, damage):
+    path = tmp_path / "pairs.scores.jsonl"
+    path.write_bytes(damage)
+    with pytest.raises(DataError, match=r"pairs\.scores\.jsonl"):
+        read_scores(path)
+    assert evaluate(Scorer(), items, out=tmp_path).overall.n_right == 12
+    assert len(read_scores(path)) == 12
+
+
+def test_read_result_names_what_is_no_result(tmp_path):
+    for text in ("{}", '{"overall": 3}', "[]"):
+        (tmp_path / "pairs.json").write_text(text)
+        with pytest.raises(DataError, match=r"pairs\.json"):
+            read_result(tmp_path / "pairs.json")
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(items, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        evaluate(Scorer(), items, out=tmp_path / "file" / "out")
+
+
+def test_a_pair_that_the_model_gives_no_score_is_unscored(items, tmp_path):
+    class Forgetful(Scorer):
+        def score(self, pairs, **settings):
+            return super().score(pairs, **settings)[:-1]
+
+    assert evaluate(Forgetful(), items, out=tmp_path).overall.n_unscored == 1
+    assert evaluate(Forgetful(), items).overall.n_unscored == 1
+
+
+def test_the_table_shows_every_count_and_takes_names_as_text(items):
+    items[0] = replace(items[0], pair=replace(items[0].pair, subset="[/red] odd"))
+    rewards = {"pair-01": (2.0, 2.0), "pair-03": (math.nan, 1.0)}
+    text = " ".join(_shown(result_table(evaluate(Scorer(rewards), items))).split())
+    assert "[/red] odd" in text
+    assert "0.909 [0.62, 0.98]" in text
+    assert "half credit for ties: 0.955" in text
+    assert "accuracy on all pairs: 0.909" in text
+    nothing = evaluate(Scorer({item.pair.id: (math.nan, 0.0) for item in items}), items)
+    assert "accuracy on all pairs: -" in _shown(result_table(nothing))
+
+
+# With a real (tiny) reward model.
+
+
+@pytest.fixture
+def model_folder(tiny_model, tmp_path):
+    RewardModel.from_backbone(str(tiny_model), Reads(critic="c", max_length=400), seed=3).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def files(pairs, tmp_path):
+    write_records(tmp_path / "pairs.jsonl", pairs)
+    critiques = [
+        Critique(key=f"{pair.id}-{side}", pair_id=pair.id, side=side, text=f"{side}!", critic="c", prompt_version="")
+        for pair in pairs[:10]
+        for side in ("chosen", "rejected")
+    ]
+    write_records(tmp_path / "critiques.jsonl", critiques)
+    return tmp_path
+
+
+def test_a_real_model_scores_as_it_does_alone_and_is_not_asked_twice(model_folder, items, tmp_path, monkeypatch):
+    model = RewardModel.load(model_folder, precision="fp32")
+    monkeypatch.setattr(stage, "PAIRS_PER_SAVE", 5)
+    result = evaluate(model, items, out=tmp_path / "out")
+    for saved, alone in zip(read_scores(tmp_path / "out" / "pairs.scores.jsonl"), model.score(items), strict=True):
+        assert (saved.chosen, saved.rejected) == pytest.approx((alone.chosen, alone.rejected), abs=1e-5)
+    stamp = (tmp_path / "out" / "pairs.scores.jsonl").stat().st_mtime_ns
+    assert evaluate(RewardModel.load(model_folder, precision="fp32"), items, out=tmp_path / "out") == result
+    assert (tmp_path / "out" / "pairs.scores.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_the_command_joins_critiques_and_says_what_it_dropped(model_folder, files, capsys):
+    command(str(model_folder), str(files / "pairs.jsonl"), critiques=files / "critiques.jsonl", out=files / "out")
+    shown = capsys.readouterr().out
+    assert "2 pairs dropped: no critique by c of both sides" in shown
+    assert "all pairs" in shown
+    assert read_result(files / "out" / "pairs.json").critic == "c"
+    assert len(read_scores(files / "out" / "pairs.scores.jsonl")) == 10
+
+
+def test_the_command_reads_an_arm_of_augment_and_filters_pairs(model_folder, files, pairs, capsys):
+    critiques = [replace(row) for row in stage.read_critiques(files / "critiques.jsonl")]
+    write_augmented(files / "arms", augment_pairs(pairs, {"c": critiques}))
+    command(str(model_folder), str(files / "arms" / "c.jsonl"), out=files / "out")
+    assert read_result(files / "out" / "pairs.json").overall.n_unscored == 0
+    with pytest.raises(ConfigError, match="give no critiques, critic or filter"):
+        command(str(model_folder), str(files / "arms" / "c.jsonl"), split="test")
+    command(str(model_folder), str(files / "pairs.jsonl"), critiques=files / "critiques.jsonl", split="test")
+    assert "1 pairs dropped" in capsys.readouterr().out
+
+
+def test_the_command_says_when_texts_are_cut(tiny_model, files, capsys):
+    RewardModel.from_backbone(str(tiny_model), Reads(critic="none", max_length=40), seed=3).save(files / "short")
+    command(str(files / "short"), str(files / "pairs.jsonl"))
+    assert "pairs cut to the model's length: prompt cut" in capsys.readouterr().out
+
+
+def test_the_command_refuses_what_does_not_fit(model_folder, files):
+    with pytest.raises(CriticMismatch):
+        command(str(model_folder), str(files / "pairs.jsonl"))
+    with pytest.raises(ConfigError, match="add --critiques"):
+        command(str(model_folder), str(files / "pairs.jsonl"), critic="c")
+    with pytest.raises(CriticMismatch, match="'d'"):
+        command(str(model_folder), str(files / "pairs.jsonl"), critiques=files / "critiques.jsonl", critic="d")
+    with pytest.raises(DataError, match="no such file"):
+        command(str(model_folder), str(files / "absent.jsonl"))
+    with pytest.raises(ConfigError, match="no benchmark"):
+        command(str(model_folder), str(files / "absent.jsonl"), benchmark="nonsense")
+
+
+def test_a_killed_command_ends_as_if_it_had_not_been(tiny_model, files, pairs):
+    many = [replace(pair, id=f"{pair.id}-{n}") for n in range(6) for pair in pairs]
+    write_records(files / "many.jsonl", many)
+    RewardModel.from_backbone(str(tiny_model), Reads(max_length=400), seed=3).save(files / "plain")
+    code = "import sys; from critrm import cli, evaluate; evaluate.PAIRS_PER_SAVE = 8; cli.main()"
+    run = [sys.executable, "-c", code, "evaluate", str(files / "plain"), str(files / "many.jsonl"), "--out"]
+    run.append(str(files / "out"))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # the tiny model gains nothing from threads that wait for each other
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    saved, deadline = files / "out" / "pairs.scores.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not saved.exists():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = read_scores(saved)
+    assert len(before) % 8 == 0
+    subprocess.run(run, check=True, capture_output=True, env=env)
+    after = read_scores(saved)
+    assert after[: len(before)] == before
+    assert [score.pair_id for score in after] == [pair.id for pair in many]
+    assert read_result(files / "out" / "pairs.json").overall == tally(score.outcome for score in after)
