@@ -192,9 +192,9 @@ def test_the_table_shows_every_count_and_takes_names_as_text(items):
     assert "[/red] odd" in text
     assert "0.909 [0.62, 0.98]" in text
     assert "half credit for ties: 0.955" in text
-    assert "accuracy on all pairs: 0.909" in text
+    assert "0.909 accuracy on all pairs" in text
     nothing = evaluate(Scorer({item.pair.id: (math.nan, 0.0) for item in items}), items)
-    assert "accuracy on all pairs: -" in _shown(result_table(nothing))
+    assert "- accuracy on all pairs" in _shown(result_table(nothing))
 
 
 # With a real (tiny) reward model.

@@ -285,7 +285,7 @@ def result_table(result: EvalResult) -> Table:
     number = "-" if result.headline_value is None else f"{result.headline_value:.3f}"
     half = half_credit(result.overall) if result.overall.n_tie else None
     table.caption = (
-        f"{escape(result.headline)}: {number}\n\\[95 % Wilson interval]; a tie is not right"
+        f"{number} {escape(result.headline)}\n\\[95 % Wilson interval]; a tie is not right"
         + (f" (all pairs with half credit for ties: {half:.3f})" if half is not None else "")
         + ("; unscored pairs are left out" if result.overall.n_unscored else "")
     )

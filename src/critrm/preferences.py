@@ -1,33 +1,36 @@
-"""Preference pairs in: hub ids, local files, and the field's column dialects -> PreferencePair (section 4.1, Appendix B).
+"""Preference pairs in: hub ids, local files, the field's column dialects -> PreferencePair (section 4.1, Appendix B).
 
 A dialect is a plain function from a row to the fields of a pair; which one a file is written in shows in its columns.
 """
 
-import dataclasses
 import math
+import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from critrm.errors import ConfigError, DataError
-from critrm.store import read_rows, write_records
-from critrm.types import RATINGS, Message, PreferencePair
+from critrm.store import Rows, read_rows, write_records
+from critrm.types import RATINGS, SIDES, Message, PreferencePair, Rating, Role
 
 Fields = dict[str, Any]
 TIE = "tie"
-ROLES = {"Human": "user", "User": "user", "Assistant": "assistant", "Chatbot": "assistant"}
-TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+NO_MAJORITY = "no majority"
+LABELS = ("source", "subset", "split")
+ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+TURN = re.compile(r"(?:^|\n\n)(?:## )?(Human|Assistant):")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkippedRow:
-    """A row that became no pair, and why."""
+    """A row that became no pair, and why: a short reason, then perhaps `: detail`."""
 
     path: str
     line: int | None
@@ -42,10 +45,12 @@ class PairSet:
     pairs: tuple[PreferencePair, ...]
     skipped: tuple[SkippedRow, ...]
     dialect: str
+    n_filtered: int = 0
+    """Rows of another split, source or subset than asked for."""
 
 
 class _Tie(Exception):
-    """Neither completion is preferred; counted, and never an error."""
+    """Neither completion is preferred: counted with its reason, and never an error."""
 
 
 def _bad(field: str, reason: str) -> DataError:
@@ -53,16 +58,26 @@ def _bad(field: str, reason: str) -> DataError:
 
 
 def _text(row: Fields, field: str) -> str:
-    value = row.get(field)
+    return _checked(row.get(field), field)
+
+
+def _checked(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise _bad(field, "missing" if value is None else f"must be text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # Half an emoji, cut by another tool: no tokenizer and no endpoint takes it.
+        raise _bad(field, "not valid Unicode text (a lone surrogate)") from None
     return value
 
 
-def _messages(value: Any, field: str) -> tuple[Message, ...]:
-    """A conversation: message lists as they are, `Human:` / `Assistant:` transcripts by turns, other text as one turn."""
+def _messages(value: object, field: str) -> tuple[Message, ...]:
+    """A conversation: message lists as they are, `Human:` / `Assistant:` texts by turns, other text as one turn."""
     if isinstance(value, str):
-        return _transcript(value) or ((Message("user", value),) if value.strip() else ())
+        turns = _transcript(_checked(value, field)) or (Message("user", value),)
+        # TRL's explicit prompts end with an open `Assistant:`.
+        return turns[:-1] if turns[-1] == Message("assistant", "") else turns
     if not isinstance(value, (list, tuple)):
         raise _bad(field, "missing" if value is None else "must be text or a list of messages")
     found = []
@@ -71,35 +86,37 @@ def _messages(value: Any, field: str) -> tuple[Message, ...]:
             raise _bad(field, "each message needs a role (system, user or assistant) and a content")
         if not isinstance(item.get("content"), str):
             raise _bad(field, "each message needs a content that is text")
-        found.append(Message(item["role"], item["content"]))
+        found.append(Message(item["role"], _checked(item["content"], field)))
     return tuple(found)
 
 
+def _literal(value: object, field: str) -> tuple[Message, ...]:
+    """As `_messages`, but text is one turn whatever it says: a benchmark's prompt is not to be taken apart."""
+    return (Message("user", _checked(value, field)),) if isinstance(value, str) else _messages(value, field)
+
+
 def _transcript(text: str) -> tuple[Message, ...]:
+    """The turns of a text that starts with `Human:`; empty for any other text."""
     parts = TURN.split(text.lstrip("\n"))
     if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
         return ()
-    return tuple(Message(ROLES[role], said.strip()) for role, said in zip(parts[1::2], parts[2::2], strict=True))  # type: ignore[arg-type]
-
-
-def _split_transcript(text: str, field: str) -> tuple[str, str]:
-    """A whole dialogue -> what comes before its last answer, and that answer."""
-    for mark in ("\n\nAssistant:", "## Assistant:"):
-        before, found, answer = text.rpartition(mark)
-        if found:
-            return before.replace("## Human:", "\n\nHuman:").strip("\n"), answer.strip()
-    raise _bad(field, "has no 'Assistant:' turn")
+    # Spaces and line ends around a turn are the transcript's, not the turn's.
+    return tuple(Message(ROLES[role], said.strip(" \n")) for role, said in zip(parts[1::2], parts[2::2], strict=True))
 
 
 def _own(row: Fields) -> Fields:
-    completions = {side: _completion(row.get(side), side) for side in ("chosen", "rejected")}
-    return {"prompt": row.get("prompt"), **completions}
+    completions = {side: _completion(row.get(side), side) for side in SIDES}
+    return {"prompt": _messages(row.get("prompt"), "prompt"), **completions}
+
+
+def _rewardbench(row: Fields) -> Fields:
+    return {"prompt": _literal(row.get("prompt"), "prompt"), **{side: _text(row, side) for side in SIDES}}
 
 
 def _completion(value: Any, field: str) -> str:
     """Text, or a list of one assistant message."""
     if isinstance(value, str):
-        return value
+        return _checked(value, field)
     messages = _messages(value, field)
     if len(messages) != 1 or messages[0].role != "assistant":
         raise _bad(field, "must be text or a list of one assistant message")
@@ -107,43 +124,47 @@ def _completion(value: Any, field: str) -> str:
 
 
 def _implicit(row: Fields) -> Fields:
-    """TRL's implicit prompt: both conversations whole; what they share is the prompt."""
-    chosen, rejected = (_messages(row.get(side), side) for side in ("chosen", "rejected"))
-    for field, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages or messages[-1].role != "assistant":
-            raise _bad(field, "must end with the assistant's message")
-    if chosen[:-1] != rejected[:-1]:
-        raise _bad("rejected", "its conversation differs from the chosen one's before the last message")
-    prompt = [dataclasses.asdict(message) for message in chosen[:-1]]
-    return {"prompt": prompt, "chosen": chosen[-1].content, "rejected": rejected[-1].content}
+    """TRL's implicit prompt: both conversations whole; what they share is the prompt, a `prompt` column repeats it."""
+    return _shared_prompt(*(_literal(row.get(side), side) for side in SIDES))
 
 
 def _hh(row: Fields) -> Fields:
     """HH-RLHF: two transcripts with one prompt."""
-    (prompt, chosen), (other, rejected) = (_split_transcript(_text(row, side), side) for side in ("chosen", "rejected"))
-    if prompt != other:
-        raise _bad("rejected", "its transcript differs from the chosen one's before the last answer")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return _shared_prompt(*(_transcript(_text(row, side)) for side in SIDES))
+
+
+def _shared_prompt(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Fields:
+    for field, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not messages or messages[-1].role != "assistant":
+            raise _bad(field, "must be a conversation that ends with the assistant's turn")
+    if chosen[:-1] != rejected[:-1]:
+        raise _bad("rejected", "prompts differ: its conversation is not the chosen one's up to the last turn")
+    return {"prompt": chosen[:-1], "chosen": chosen[-1].content, "rejected": rejected[-1].content}
 
 
 def _dsp(row: Fields) -> Fields:
     texts, scores = row.get("text"), row.get("score")
     if not isinstance(texts, list) or len(texts) != 2:
         raise _bad("text", "must be a list of two transcripts")
-    if not isinstance(scores, list) or len(scores) != 2 or not all(isinstance(s, (int, float)) for s in scores):
+    if not isinstance(scores, list) or len(scores) != 2:
         raise _bad("score", "must be a list of two numbers")
-    if scores[0] == scores[1]:
-        raise _Tie
-    order = (0, 1) if scores[0] > scores[1] else (1, 0)
+    order = (0, 1) if _first_is_better(scores[0], scores[1], "score") else (1, 0)
     return _hh({"chosen": texts[order[0]], "rejected": texts[order[1]]})
 
 
-def _by_label(prompt: str, first: str, second: str, label: Any, field: str) -> Fields:
-    if label in (1, "1"):
-        return {"prompt": prompt, "chosen": first, "rejected": second}
-    if label in (2, "2"):
-        return {"prompt": prompt, "chosen": second, "rejected": first}
-    raise _bad(field, f"must be 1 or 2, not {label!r}")
+def _first_is_better(first: object, second: object, field: str) -> bool:
+    if not isinstance(first, (int, float)) or not isinstance(second, (int, float)):
+        raise _bad(field, "must be numbers")
+    if first == second:
+        raise _Tie(TIE)
+    return first > second
+
+
+def _by_label(prompt: str, first: str, second: str, label: object, field: str) -> Fields:
+    if label not in (1, 2, "1", "2") or isinstance(label, bool):
+        raise _bad(field, f"must be 1 or 2: {label!r:.40}")
+    chosen, rejected = (first, second) if label in (1, "1") else (second, first)
+    return {"prompt": (Message("user", prompt),), "chosen": chosen, "rejected": rejected}
 
 
 def _llmbar(row: Fields) -> Fields:
@@ -154,20 +175,30 @@ def _pandalm(row: Fields) -> Fields:
     """PandaLM: the majority of three annotators; 0 is a tie, and so is no majority."""
     votes = [row.get(f"annotator{n}") for n in (1, 2, 3)]
     if any(vote not in (0, 1, 2) for vote in votes):
-        raise _bad("annotator1", f"the annotators' votes must be 0, 1 or 2, not {votes}")
+        raise _bad("annotator1", f"the annotators' votes must be 0, 1 or 2: {votes!r:.60}")
     label, count = Counter(votes).most_common(1)[0]
-    if count < 2 or label == 0:
-        raise _Tie
-    given = row.get("input") or ""
+    if count < 2:
+        raise _Tie(NO_MAJORITY)
+    if label == 0:
+        raise _Tie(TIE)
+    given = _text(row, "input") if row.get("input") else ""
     prompt = _text(row, "instruction") + (f"\n\n{given}" if given else "")
     return _by_label(prompt, _text(row, "response1"), _text(row, "response2"), label, "annotator1")
 
 
 def _ultrafeedback(row: Fields) -> Fields:
-    scores = row["metadata"]
-    if scores.get("score_chosen") == scores.get("score_rejected"):
-        raise _Tie
-    return _own(row)
+    """UltraFeedback, binarised: TRL's columns, and two scores beside them or in `metadata`."""
+    scores = row["metadata"] if isinstance(row.get("metadata"), dict) else row
+    if not _first_is_better(scores.get("score_chosen"), scores.get("score_rejected"), "score_chosen"):
+        raise _bad("score_chosen", "lower than score_rejected")
+    return _implicit(row) if _is_implicit(row) else _own(row)
+
+
+def _is_implicit(row: Fields) -> bool:
+    chosen, prompt = row.get("chosen"), row.get("prompt")
+    # Some sets hold whole conversations and repeat their first message as the text `prompt`.
+    repeats = isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1
+    return isinstance(chosen, list) and "rejected" in row and (prompt is None or repeats)
 
 
 def _rmb(row: Fields) -> Fields:
@@ -177,7 +208,8 @@ def _rmb(row: Fields) -> Fields:
         if not isinstance(value, dict):
             raise _bad(column, "must be an object with an answer")
         answers[side] = _text(value, "answer")
-    return {"prompt": row.get("conversation_input"), "subset": row.get("category_path", ""), **answers}
+    prompt = _literal(row.get("conversation_input"), "conversation_input")
+    return {"prompt": prompt, "subset": row.get("category_path"), **answers}
 
 
 DIALECTS: dict[str, tuple[Callable[[Fields], bool], Callable[[Fields], Fields]]] = {
@@ -186,14 +218,15 @@ DIALECTS: dict[str, tuple[Callable[[Fields], bool], Callable[[Fields], Fields]]]
     "dsp": (lambda row: "text" in row and "score" in row, _dsp),
     "rmb": (lambda row: "conversation_input" in row and "reject" in row, _rmb),
     "ultrafeedback": (
-        lambda row: "prompt" in row and isinstance(row.get("metadata"), dict) and "score_chosen" in row["metadata"],
+        lambda row: "chosen" in row and ("score_chosen" in row or "score_chosen" in (row.get("metadata") or ())),
         _ultrafeedback,
     ),
+    "trl-implicit": (_is_implicit, _implicit),
+    "rewardbench": (lambda row: "prompt" in row and "chosen_model" in row and "subset" in row, _rewardbench),
     "critrm": (lambda row: "prompt" in row and "chosen" in row and "rejected" in row, _own),
-    "trl-implicit": (lambda row: isinstance(row.get("chosen"), list) and "prompt" not in row, _implicit),
     "hh": (lambda row: isinstance(row.get("chosen"), str) and "prompt" not in row and "rejected" in row, _hh),
 }
-"""Name -> how a row of it is recognised, and how it is read. `critrm` also reads RewardBench's and TRL's columns."""
+"""Name -> how a row of it is recognised, and how it is read. `critrm` also reads TRL's explicit prompts."""
 
 
 def read_pairs(
@@ -211,70 +244,91 @@ def read_pairs(
     Args:
         path: a JSONL, JSON or Parquet file (`.gz` too), or a hub id `owner/name`.
         dialect: one of `DIALECTS`; `auto` goes by the columns of the first row.
-        split: only rows of this split; of a hub id, the split that is loaded (`train` by default).
+        split: only rows of these splits, comma separated; of a hub id, the splits to load (`train` by default).
         source: only rows of these sources, comma separated.
         subset: only rows of these subsets, comma separated.
-        limit: at most so many pairs.
+        limit: stop after so many pairs.
         skip_bad: collect rows that cannot be used in `skipped` instead of raising at the first. Ties are always there.
 
     Raises:
         DataError: a row cannot be used; names file, line and field. Or no pair is left.
-        ConfigError: no such dialect.
+        ConfigError: no such dialect, or a limit below 1.
     """
     if dialect != "auto" and dialect not in DIALECTS:
         raise ConfigError(f"no dialect {dialect!r}; there is auto, {', '.join(DIALECTS)}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the limit must be at least 1, not {limit}")
     skipped: list[SkippedRow] = []
 
     def on_bad(error: DataError) -> None:
         if not skip_bad:
-            raise error
+            reason = f"{error.reason}. Correct the row, or leave such rows out with skip_bad (--skip-bad)."
+            raise DataError(reason, path=error.path, line=error.line, field=error.field)
         skipped.append(SkippedRow(path=error.path, line=error.line, field=error.field, reason=error.reason))
 
     pairs: dict[str, PreferencePair] = {}
-    filters = [("split", _names(split)), ("source", _names(source)), ("subset", _names(subset))]
-    for number, row in _rows(str(path), split, on_bad):
+    n_filtered = 0
+    rows = _rows(str(path), _names(split), on_bad)
+    filters = {"split": _names(split), "source": _names(source), "subset": _names(subset)}
+    for number, row in rows:
         if dialect == "auto":
             dialect = _recognise(row, str(path), number)
-        if any(wanted and str(row.get(name) or "") not in wanted for name, wanted in filters if name in row):
-            continue
         try:
-            pair = _pair(row, dialect, f"{Path(path).name.partition('.')[0]}-{number:05d}")
+            fields = row | DIALECTS[dialect][1](row)
+            if any(wanted and fields.get(name) not in wanted for name, wanted in filters.items()):
+                n_filtered += 1
+                continue
+            pair = _pair(fields, f"{Path(path).name.partition('.')[0]}-{number:05d}")
             if pair.id in pairs:
-                raise _bad("id", f"a second pair with the id {pair.id!r}")
+                raise _bad("id", f"a second pair with this id: {pair.id!r:.80}")
             pairs[pair.id] = pair
-        except _Tie:
-            skipped.append(SkippedRow(path=str(path), line=number, field="", reason=TIE))
+        except _Tie as tie:
+            skipped.append(SkippedRow(path=str(path), line=number, field="", reason=str(tie)))
         except DataError as error:
             on_bad(DataError(error.reason, path=str(path), line=number, field=error.field))
-        if limit is not None and len(pairs) == limit:
+        if len(pairs) == limit:
             break
     if not pairs:
-        chosen = ", ".join(f"{name} {sorted(wanted)}" for name, wanted in filters if wanted)
-        raise DataError(
-            f"no pair is left{f' with {chosen}' if chosen else ''}; {len(skipped)} rows skipped", path=str(path)
-        )
-    return PairSet(pairs=tuple(pairs.values()), skipped=tuple(skipped), dialect=dialect)
+        asked = " and ".join(f"{name} {', '.join(wanted)}" for name, wanted in filters.items() if wanted)
+        why = f"{n_filtered} rows are not of {asked}; " if n_filtered else ""
+        raise DataError(f"no pair is left; {why}{len(skipped)} rows skipped{_reasons(skipped)}", path=str(path))
+    return PairSet(pairs=tuple(pairs.values()), skipped=tuple(skipped), dialect=dialect, n_filtered=n_filtered)
 
 
-def _names(text: str) -> set[str]:
-    return {name.strip() for name in text.split(",") if name.strip()}
+def _reasons(skipped: list[SkippedRow]) -> str:
+    counts = Counter(_kind(row) for row in skipped).most_common(3)
+    return f" ({'; '.join(f'{count} {kind}' for kind, count in counts)})" if counts else ""
 
 
-def _rows(path: str, split: str, on_bad: Callable[[DataError], None]) -> Iterator[tuple[int, Fields]]:
-    if (
-        Path(path).exists()
-        or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", path)
-        or path.endswith((".gz", ".jsonl", ".json", ".parquet"))
-    ):
-        yield from read_rows(path, on_bad=on_bad)
-        return
+def _kind(row: SkippedRow) -> str:
+    """What skipped rows are counted by: the field, and the reason without its detail."""
+    return ": ".join(part for part in (row.field, row.reason.partition(": ")[0]) if part)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _rows(path: str, splits: tuple[str, ...], on_bad: Callable[[DataError], None]) -> Rows:
+    is_data_file = path.endswith((".gz", ".jsonl", ".json", ".parquet")) or Path(path).is_file()
+    if is_data_file or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        return read_rows(path, on_bad=on_bad)
+    return _hub_rows(path, splits or ("train",))
+
+
+def _hub_rows(name: str, splits: tuple[str, ...]) -> Rows:
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(path, split=split or "train")
-    except (OSError, ValueError) as error:
-        raise DataError(f"neither a file nor a data set of the hub that can be loaded ({error})", path=path) from error
-    yield from ((number, dict(row)) for number, row in enumerate(loaded, 1))
+    number = 0
+    for split in splits:
+        try:
+            loaded = datasets.load_dataset(name, split=split)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = f"no such file, and no data set of the hub whose split {split!r} can be loaded ({error})"
+            raise DataError(reason, path=name) from error
+        for row in loaded:
+            number += 1
+            yield number, row | {"split": split}
 
 
 def _recognise(row: Fields, path: str, number: int) -> str:
@@ -284,48 +338,50 @@ def _recognise(row: Fields, path: str, number: int) -> str:
     raise DataError(f"columns {sorted(row)} are those of no dialect ({', '.join(DIALECTS)})", path=path, line=number)
 
 
-def _pair(row: Fields, dialect: str, default_id: str) -> PreferencePair:
-    fields = DIALECTS[dialect][1](row)
-    prompt = _messages(fields["prompt"], "prompt")
+def _pair(fields: Fields, default_id: str) -> PreferencePair:
+    prompt = fields["prompt"]
     if not prompt or not prompt[-1].content.strip():
         raise _bad("prompt", "empty")
-    for side in ("chosen", "rejected"):
+    if prompt[-1].role != "user":
+        raise _bad("prompt", "must end with the user's turn")
+    for side in SIDES:
         if not fields[side].strip():
             raise _bad(side, "empty")
     if fields["chosen"].strip() == fields["rejected"].strip():
         raise _bad("rejected", "identical to the chosen completion")
     own_id = next(
-        (row[name] for name in ("id", "pair_uid", "idx", "prompt_id") if row.get(name) not in (None, "")), default_id
+        (fields[name] for name in ("id", "pair_uid", "idx") if fields.get(name) not in (None, "")), default_id
     )
+    if isinstance(own_id, int) and not isinstance(own_id, bool):
+        own_id = str(own_id)
+    labels = {name: "" if fields.get(name) is None else _text(fields, name) for name in LABELS}
     return PreferencePair(
-        id=str(own_id),
+        id=_checked(own_id, "id"),
         prompt=prompt,
         chosen=fields["chosen"],
         rejected=fields["rejected"],
-        rating=_rating(row.get("rating")),  # type: ignore[arg-type]
-        margin=_margin(row.get("margin")),
-        source=str(row.get("source") or ""),
-        subset=str(fields.get("subset") or row.get("subset") or ""),
-        split=str(row.get("split") or ""),
+        rating=_rating(fields.get("rating")),
+        margin=_margin(fields.get("margin")),
+        **labels,
     )
 
 
-def _rating(value: Any) -> str | None:
-    if value is None or value == "":
+def _rating(value: object) -> Rating | None:
+    if value is None or value == "" or value != value:  # not-a-number is how pandas writes null
         return None
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 3:
-        return RATINGS[value - 1]
-    name = str(value).strip().lower().replace("_", " ")
-    if name not in RATINGS:
-        raise _bad("rating", f"must be one of {', '.join(RATINGS)} or 1 to 3, not {value!r}")
-    return name
+    if isinstance(value, str):
+        value = " ".join(value.lower().replace("_", " ").split())
+    if isinstance(value, bool) or value not in (*RATINGS, 1, 2, 3):
+        raise _bad("rating", f"must be {', '.join(RATINGS)} or 1 to 3: {value!r:.60}")
+    return RATINGS[(*RATINGS, 1, 2, 3).index(value) % 3]  # type: ignore[arg-type]
 
 
-def _margin(value: Any) -> float | None:
+def _margin(value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _bad("margin", f"must be a finite number, not {value!r}")
+    # Compared, not converted: JSON's integers may be too long for a float. Not-a-number is in no interval.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
+        raise _bad("margin", f"must be a finite number: {value!r:.60}")
     return float(value)
 
 
@@ -344,41 +400,60 @@ def command(
 
     Args:
         pairs: a JSONL, JSON or Parquet file, or a hub id.
-        out: write the pairs in critrm's columns here, and skipped rows beside it.
+        out: write the pairs in critrm's columns here (.jsonl), and the skipped rows beside it (.skipped.jsonl).
         dialect: the format; told from the columns when not given.
-        split: only rows of this split.
+        split: only rows of these splits, comma separated; of a hub id, the splits to load.
         source: only rows of these sources, comma separated.
         subset: only rows of these subsets, comma separated.
-        limit: at most so many pairs.
+        limit: stop after so many pairs.
         skip_bad: leave out rows that cannot be used instead of stopping at the first.
     """
+    if out is not None and (out.suffix != ".jsonl" or out.resolve() == Path(pairs).resolve()):
+        raise ConfigError(f"--out {out}: name a .jsonl file that is not the input")
     found = read_pairs(
         pairs, dialect=dialect, split=split, source=source, subset=subset, limit=limit, skip_bad=skip_bad
     )
     console = Console()
-    console.print(_table(found))
+    console.print(_counts(found))
+    console.print(_lengths(found.pairs))
     if out is not None:
+        ledger = out.with_suffix(".skipped.jsonl")
         write_records(out, found.pairs)
-        if found.skipped:
-            write_records(out.with_suffix(".skipped.jsonl"), found.skipped)
-        console.print(f"Pairs: {out}", soft_wrap=True)
+        write_records(ledger, found.skipped)
+        console.print(f"Pairs: {out}\nSkipped rows: {ledger}", soft_wrap=True, markup=False)
 
 
-def _table(found: PairSet) -> Table:
+def _counts(found: PairSet) -> Table:
+    """Everything a reader wants to see before money is spent; names of the user's data are `Text`, never markup."""
     table = Table(title=f"{len(found.pairs)} pairs, dialect {found.dialect}")
     table.add_column("")
     table.add_column("rows", justify="right")
+    table.add_row("read", str(len(found.pairs) + len(found.skipped) + found.n_filtered))
+    if found.n_filtered:
+        table.add_row("of another split, source or subset", str(found.n_filtered))
     for title, counts in (
-        ("skipped", Counter(row.reason for row in found.skipped)),
+        ("skipped", Counter(_kind(row) for row in found.skipped)),
+        ("split", Counter(pair.split for pair in found.pairs if pair.split)),
         ("source", Counter(pair.source for pair in found.pairs if pair.source)),
         ("subset", Counter(pair.subset for pair in found.pairs if pair.subset)),
         ("rating", Counter(pair.rating for pair in found.pairs if pair.rating)),
     ):
-        for name, count in counts.most_common(12):
-            table.add_row(f"{title}: {name}", str(count))
-    longer = sum(len(pair.chosen) > len(pair.rejected) for pair in found.pairs)
-    table.add_row("chosen is the longer", f"{longer / len(found.pairs):.0%}")
-    for side in ("chosen", "rejected"):
-        words = sorted(len((pair.chosen if side == "chosen" else pair.rejected).split()) for pair in found.pairs)
-        table.add_row(f"{side}, median words", str(words[len(words) // 2]))
+        for name, count in counts.most_common(30):
+            table.add_row(Text(f"{title}: {name}"), str(count))
+        if len(counts) > 30:
+            table.add_row(f"{title}: {len(counts) - 30} more", str(sum(sorted(counts.values())[:-30])))
+    return table
+
+
+def _lengths(pairs: Sequence[PreferencePair]) -> Table:
+    texts = {"prompt": [" ".join(message.content for message in pair.prompt) for pair in pairs]}
+    texts |= {side: [pair.completion(side) for pair in pairs] for side in SIDES}
+    words = {name: [len(text.split()) for text in column] for name, column in texts.items()}
+    longer = sum(map(operator.gt, words["chosen"], words["rejected"])) / len(pairs)
+    table = Table(title=f"words; chosen is the longer one in {longer:.1%}")
+    for title in ("", "median", "90 %", "longest"):
+        table.add_column(title, justify="right" if title else "left")
+    for name, column in words.items():
+        ordered = sorted(column)
+        table.add_row(name, *(str(ordered[math.ceil(share * len(ordered)) - 1]) for share in (0.5, 0.9, 1.0)))
     return table

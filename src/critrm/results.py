@@ -7,8 +7,8 @@ from rich.table import Table
 
 from critrm.benchmarks import BENCHMARKS
 from critrm.errors import DataError
-from critrm.metrics import correctness, holm, paired_difference, seed_spread, tally
-from critrm.types import NO_CRITIC, PreferencePair, Score
+from critrm.metrics import correctness, holm, n_scored, paired_difference, seed_spread, tally
+from critrm.types import NO_CRITIC, Outcome, PreferencePair, Score
 
 ArmScores = Mapping[str, Sequence[Sequence[Score]]]
 """Critic's name -> one list of scores per seed."""
@@ -26,8 +26,8 @@ def compare_arms(pairs: Sequence[PreferencePair], arms: ArmScores, *, benchmark:
         benchmark: whose sections are groups as well.
 
     Returns:
-        Group -> number of pairs and, per arm: `mean` strict accuracy over seeds with its `std`, the 95 % Wilson interval
-        `low` to `high` over items at it, ties and unscored pairs over all seeds, and the `difference` from the
+        Group -> number of pairs and, per arm: `mean` strict accuracy over seeds with its `std`, the 95 % Wilson
+        interval `low` to `high` over items at it, ties and unscored pairs over all seeds, and the `difference` from the
         No-Critiques arm (paired bootstrap over items and seeds) with `p_value`, and `p_holm` adjusted over the subsets.
 
     Raises:
@@ -83,7 +83,7 @@ def _group(members: list[str], by_arm: Mapping[str, list[dict[str, Score]]]) -> 
             "mean": spread.mean if spread else None,
             "std": spread.std if spread else None,
             "by_seed": [each.accuracy.value if each.accuracy else None for each in tallies],
-            **_interval(spread.mean if spread else None, len(members)),
+            **_interval(spread.mean if spread else None, max(n_scored(each) for each in tallies)),
             "n_tie": sum(each.n_tie for each in tallies),
             "n_unscored": sum(each.n_unscored for each in tallies),
             "difference": None
@@ -100,8 +100,6 @@ def _group(members: list[str], by_arm: Mapping[str, list[dict[str, Score]]]) -> 
 
 
 def _interval(mean: float | None, n_items: int) -> dict[str, float | None]:
-    from critrm.types import Outcome
-
     if mean is None:
         return {"low": None, "high": None}
     n_right = round(mean * n_items)

@@ -150,7 +150,8 @@ class RewardModel:
 
 def save_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save in full precision, without the packed attention, which only critrm has."""
-    model.save_pretrained(folder)
+    with models.quiet():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

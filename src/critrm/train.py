@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from critrm import models
 from critrm.batching import EncodedPair, pack
@@ -189,6 +189,7 @@ def _trainer(
     trainer = PairTrainer(
         model=model, args=arguments, train_dataset=_Pairs(encoded), data_collator=collate, callbacks=callbacks
     )
+    trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a progress bar; the log is in log.jsonl
     return trainer, (note,) if note else ()
 
 
