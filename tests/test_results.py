@@ -80,9 +80,10 @@ def test_tables_show_every_arm_and_group():
     console.print(results_table(results))
     console.print(costs_table(results))
     text = console.export_text()
-    for expected in ("no critiques", "0.500", "+0.500", "1,234", "7 training pairs"):
+    for expected in ("no critiques", "0.500 [", "1,234", "7 training pairs"):
         assert expected in text
     markdown = results_markdown(results)
     assert markdown.count("\n| mini |") == 1
+    assert "+0.500 [" in markdown
     assert "c 5e-05" in markdown
     console.file.close()

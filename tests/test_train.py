@@ -151,6 +151,12 @@ def test_lora_trains_adapters_and_the_saved_head_survives_a_reload(tiny_model, a
     assert torch.equal(load_file(result.folder / "model.safetensors")["score.weight"], head)
 
 
+def test_the_trainers_loggers_work(tiny_model, arm, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    train_reward_model(arm[:8], _config(tiny_model, report_to=("tensorboard",)), out=tmp_path / "run")
+    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
+
+
 def test_bad_arms_are_refused(tiny_model, arm, tmp_path):
     with pytest.raises(DataError, match="one arm"):
         train_reward_model([], _config(tiny_model), out=tmp_path)

@@ -42,7 +42,7 @@ from critrm.store import (
     write_records,
     write_text,
 )
-from critrm.train import held_out_loss, train_reward_model
+from critrm.train import held_out_loss, run_facts, train_reward_model
 from critrm.types import NO_CRITIC, Critique, CritiquedPair, PreferencePair, Score
 
 TRAIN = "train"
@@ -185,9 +185,8 @@ def _learning_rate(run: Run, arm: Sequence[CritiquedPair]) -> float:
 def _sweep_loss(run: Run, rest: list[CritiquedPair], held_out: list[CritiquedPair], rate: float) -> float:
     config, critic = run.recipe.train, rest[0].critic
     folder = run.out / TRAIN / file_name(critic) / f"learning-rate-{rate:g}"
-    fingerprint = content_hash(
-        config.model_dump(), run.recipe.augment.max_length, [asdict(item) for item in rest + held_out]
-    )
+    facts = run_facts(config, seed=config.seeds[0], rate=rate, max_length=run.recipe.augment.max_length)
+    fingerprint = content_hash(facts, [asdict(item) for item in rest], [asdict(item) for item in held_out])
     marker = folder / "sweep"
     if not stage_is_done(marker, fingerprint):
         with run.timed("learning rates"):
@@ -210,11 +209,9 @@ def _sweep_loss(run: Run, rest: list[CritiquedPair], held_out: list[CritiquedPai
 
 def _train_and_evaluate(run: Run, augmented: Mapping[str, Augmented], critic: str, *, seed: int, rate: float) -> None:
     folder = run.out / "evaluate" / file_name(critic) / f"seed-{seed}"
-    config = run.recipe.train.model_dump(
-        exclude={"seeds", "learning_rates", "n_held_out", "n_sweep", "checkpoint_minutes"}
-    )
+    facts = run_facts(run.recipe.train, seed=seed, rate=rate, max_length=run.recipe.augment.max_length)
     data = {name: [asdict(item) for item in found.arms[critic]] for name, found in augmented.items()}
-    fingerprint = content_hash(config, run.recipe.augment.max_length, seed, rate, data)
+    fingerprint = content_hash(facts, data)
     if stage_is_done(folder, fingerprint):
         return
     with run.timed(f"train {critic}"):

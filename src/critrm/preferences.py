@@ -4,7 +4,6 @@ A dialect is a plain function from a row to the fields of a pair; which one a fi
 """
 
 import math
-import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -105,7 +104,7 @@ def _transcript(text: str) -> tuple[Message, ...]:
 
 
 def _own(row: Fields) -> Fields:
-    completions = {side: _completion(row.get(side), side) for side in SIDES}
+    completions: Fields = {side: _completion(row.get(side), side) for side in SIDES}
     return {"prompt": _messages(row.get("prompt"), "prompt"), **completions}
 
 
@@ -324,11 +323,11 @@ def _hub_rows(name: str, splits: tuple[str, ...]) -> Rows:
         try:
             loaded = datasets.load_dataset(name, split=split)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = f"no such file, and no data set of the hub whose split {split!r} can be loaded ({error})"
+            reason = f"no such file, and no data set of the hub whose split {split!r} can be loaded ({error.__cause__ or error})"
             raise DataError(reason, path=name) from error
         for row in loaded:
             number += 1
-            yield number, row | {"split": split}
+            yield number, {"split": split} | row  # a `split` column of its own counts
 
 
 def _recognise(row: Fields, path: str, number: int) -> str:
@@ -349,9 +348,8 @@ def _pair(fields: Fields, default_id: str) -> PreferencePair:
             raise _bad(side, "empty")
     if fields["chosen"].strip() == fields["rejected"].strip():
         raise _bad("rejected", "identical to the chosen completion")
-    own_id = next(
-        (fields[name] for name in ("id", "pair_uid", "idx") if fields.get(name) not in (None, "")), default_id
-    )
+    ids = [fields[name] for name in ("id", "pair_uid", "idx") if fields.get(name) not in (None, "")]
+    own_id = ids[0] if ids else default_id
     if isinstance(own_id, int) and not isinstance(own_id, bool):
         own_id = str(own_id)
     labels = {name: "" if fields.get(name) is None else _text(fields, name) for name in LABELS}
@@ -373,7 +371,7 @@ def _rating(value: object) -> Rating | None:
         value = " ".join(value.lower().replace("_", " ").split())
     if isinstance(value, bool) or value not in (*RATINGS, 1, 2, 3):
         raise _bad("rating", f"must be {', '.join(RATINGS)} or 1 to 3: {value!r:.60}")
-    return RATINGS[(*RATINGS, 1, 2, 3).index(value) % 3]  # type: ignore[arg-type]
+    return RATINGS[(*RATINGS, 1, 2, 3).index(value) % 3]
 
 
 def _margin(value: object) -> float | None:
@@ -442,6 +440,8 @@ def _counts(found: PairSet) -> Table:
             table.add_row(Text(f"{title}: {name}"), str(count))
         if len(counts) > 30:
             table.add_row(f"{title}: {len(counts) - 30} more", str(sum(sorted(counts.values())[:-30])))
+    n_longer = sum(len(pair.chosen.split()) > len(pair.rejected.split()) for pair in found.pairs)
+    table.add_row("chosen is the longer one, in words", f"{n_longer / len(found.pairs):.1%}")
     return table
 
 
@@ -449,8 +449,7 @@ def _lengths(pairs: Sequence[PreferencePair]) -> Table:
     texts = {"prompt": [" ".join(message.content for message in pair.prompt) for pair in pairs]}
     texts |= {side: [pair.completion(side) for pair in pairs] for side in SIDES}
     words = {name: [len(text.split()) for text in column] for name, column in texts.items()}
-    longer = sum(map(operator.gt, words["chosen"], words["rejected"])) / len(pairs)
-    table = Table(title=f"words; chosen is the longer one in {longer:.1%}")
+    table = Table(title="lengths in words")
     for title in ("", "median", "90 %", "longest"):
         table.add_column(title, justify="right" if title else "left")
     for name, column in words.items():

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from critrm.benchmarks import BENCHMARKS
 from critrm.errors import DataError
@@ -128,7 +129,7 @@ def _arm_cells(arm: Mapping[str, Any], *, with_difference: bool) -> list[str]:
     if arm["mean"] is None:
         return ["-"] * (3 if with_difference else 1)
     spread = f" ±{arm['std']:.3f}" if arm["std"] is not None else ""
-    cells = [f"{arm['mean']:.3f}{spread} [{arm['low']:.2f}, {arm['high']:.2f}]"]
+    cells = [f"{arm['mean']:.3f}{spread} [{_short(arm['low'])}, {_short(arm['high'])}]"]
     if with_difference:
         found = arm["difference"]
         cells += (
@@ -137,6 +138,10 @@ def _arm_cells(arm: Mapping[str, Any], *, with_difference: bool) -> list[str]:
             else ["-", "-"]
         )
     return cells
+
+
+def _short(share: float) -> str:
+    return f"{share:.2f}".removeprefix("0")
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -148,10 +153,14 @@ def results_table(results: Mapping[str, Any]) -> Table:
         "p: paired, against no critiques" + ("; ± standard deviation over seeds" if seeds > 1 else ""),
     )
     titles, rows = _cells(results)
-    for index, title in enumerate(titles):
-        table.add_column(title.replace(NO_CRITIC, "no critiques"), justify="left" if index == 0 else "right")
+    # A terminal has no room for the differences; they are in results.md.
+    shown = [index for index, title in enumerate(titles) if title != "difference"]
+    for index in shown:
+        title = "no critiques" if titles[index] == NO_CRITIC else titles[index]
+        table.add_column(Text(title), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row, style=None if row[0].startswith(" ") else "bold")
+        style = None if row[0].startswith(" ") else "bold"
+        table.add_row(*(Text(row[index]) for index in shown), style=style)
     return table
 
 

@@ -84,6 +84,12 @@ def scaled_warmup(config: TrainConfig, n_steps: int) -> tuple[int, str]:
     )
 
 
+def run_facts(config: TrainConfig, *, seed: int, rate: float, max_length: int) -> dict[str, Any]:
+    """What, with the pairs, decides a run's weights; the rest of the config is about speed, or about other runs."""
+    others = {"learning_rates", "seeds", "n_held_out", "n_sweep", "pairs_per_pass", "checkpoint_minutes", "report_to"}
+    return config.model_dump(exclude=others) | {"seed": seed, "learning_rate": rate, "max_length": max_length}
+
+
 def train_reward_model(
     pairs: Sequence[CritiquedPair],
     config: TrainConfig,
@@ -114,8 +120,7 @@ def train_reward_model(
     if len(critics) != 1:
         raise DataError(f"training needs pairs of one arm, got {sorted(critics) or 'none'}", field="critic")
     rate = config.learning_rates[0] if learning_rate is None else learning_rate
-    facts = config.model_dump(exclude={"learning_rates", "seeds", "n_held_out", "n_sweep", "checkpoint_minutes"})
-    facts |= {"seed": seed, "learning_rate": rate, "max_length": max_length, "critic": pairs[0].critic}
+    facts = run_facts(config, seed=seed, rate=rate, max_length=max_length)
     fingerprint = content_hash(facts, [asdict(item) for item in pairs])
     if stage_is_done(out, fingerprint):
         return _read_result(out)
