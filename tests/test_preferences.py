@@ -258,39 +258,14 @@ def test_a_row_that_breaks_its_dialect_names_the_field(tmp_path, dialect, row, f
     assert (error.value.line, error.value.field) == (1, field)
 
 
+EXAMPLES = [*MULTI_TURN.values(), *SINGLE_TURN.values(), ROW]
+COLUMNS = sorted({"metadata", "rating", "margin", "source", "category_path"}.union(*EXAMPLES))
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 @given(
     row=st.dictionaries(
-        st.sampled_from(
-            [
-                "id",
-                "idx",
-                "prompt",
-                "chosen",
-                "rejected",
-                "reject",
-                "text",
-                "score",
-                "input",
-                "output_1",
-                "output_2",
-                "label",
-                "instruction",
-                "response1",
-                "response2",
-                "annotator1",
-                "annotator2",
-                "annotator3",
-                "metadata",
-                "score_chosen",
-                "score_rejected",
-                "conversation_input",
-                "category_path",
-                "rating",
-                "margin",
-                "source",
-            ]
-        ),
+        st.sampled_from(COLUMNS),
         st.recursive(
             st.none() | st.booleans() | st.integers(0, 3) | st.floats() | st.text(max_size=4),
             lambda inner: (
@@ -484,7 +459,7 @@ def test_a_text_prompt_without_turns_is_one_message_as_it_stands(tmp_path_factor
 
 @pytest.mark.parametrize("name", [name for name in MULTI_TURN if name != "dsp webgpt"])
 def test_hostile_text_comes_through_every_dialect(tmp_path, name):
-    hostile = HOSTILE.strip(" \n")
+    hostile = HOSTILE.strip(" \n") + "\u2028"  # whitespace that is no transcript's
     line = json.dumps(MULTI_TURN[name])
     for plain in ("Why?", "Yes."):
         line = line.replace(plain, json.dumps(plain + hostile)[1:-1])

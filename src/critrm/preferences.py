@@ -187,10 +187,15 @@ def _pandalm(row: Fields) -> Fields:
 
 def _ultrafeedback(row: Fields) -> Fields:
     """UltraFeedback, binarised: TRL's columns, and two scores beside them or in `metadata`."""
-    scores = row["metadata"] if isinstance(row.get("metadata"), dict) else row
+    scores = _scores(row)
     if not _first_is_better(scores.get("score_chosen"), scores.get("score_rejected"), "score_chosen"):
         raise _bad("score_chosen", "lower than score_rejected")
     return _implicit(row) if _is_implicit(row) else _own(row)
+
+
+def _scores(row: Fields) -> Fields:
+    beside = row.get("metadata")
+    return row | beside if isinstance(beside, dict) else row
 
 
 def _is_implicit(row: Fields) -> bool:
@@ -217,7 +222,7 @@ DIALECTS: dict[str, tuple[Callable[[Fields], bool], Callable[[Fields], Fields]]]
     "dsp": (lambda row: "text" in row and "score" in row, _dsp),
     "rmb": (lambda row: "conversation_input" in row and "reject" in row, _rmb),
     "ultrafeedback": (
-        lambda row: "chosen" in row and ("score_chosen" in row or "score_chosen" in (row.get("metadata") or ())),
+        lambda row: "chosen" in row and "score_chosen" in _scores(row),
         _ultrafeedback,
     ),
     "trl-implicit": (_is_implicit, _implicit),
@@ -323,8 +328,8 @@ def _hub_rows(name: str, splits: tuple[str, ...]) -> Rows:
         try:
             loaded = datasets.load_dataset(name, split=split)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = f"no such file, and no data set of the hub whose split {split!r} can be loaded ({error.__cause__ or error})"
-            raise DataError(reason, path=name) from error
+            reason = f"no such file, and no data set of the hub whose split {split!r} can be loaded"
+            raise DataError(f"{reason} ({error.__cause__ or error})", path=name) from error
         for row in loaded:
             number += 1
             yield number, {"split": split} | row  # a `split` column of its own counts
