@@ -97,6 +97,7 @@ def _panel(item: CritiquedPair, critic: str, score: Score, without: Score) -> Pa
         text.append(f"{side:<10}", "bold").append(_short(completion) + "\n")
         text.append("critique  ", "cyan").append(_short(critique, 300) + "\n", "cyan")
         text.append(f"reward    {reward:+.2f}  (without critiques {before:+.2f})\n", "bold")
+    text.rstrip()
     return Panel(text, title=f"An example of {critic}: {item.pair.subset} {item.pair.id}", width=110)
 
 
