@@ -62,6 +62,8 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **plain
         )
         return output, None
+    # Under autocast, rotary embeddings leave queries and keys in fp32; the values say what is computed in.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     outputs = []
     for group in groups:
         prompt_end = group.start + group.n_prompt

@@ -53,9 +53,9 @@ def _quick(recipe: Recipe) -> Recipe:
             "name": "demo-quick",
             "preferences": preferences.model_copy(
                 update={
-                    "train": preferences.train.model_copy(update={"limit": 32}),
+                    "train": preferences.train.model_copy(update={"limit": 24}),
                     "test": {
-                        name: source.model_copy(update={"limit": 32}) for name, source in preferences.test.items()
+                        name: source.model_copy(update={"limit": 24}) for name, source in preferences.test.items()
                     },
                 }
             ),

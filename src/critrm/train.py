@@ -1,12 +1,14 @@
 """Stage 3: the ranking loss with margin, on transformers' Trainer (sections 3.2 and 4.4)."""
 
+import contextlib
 import json
 import logging
 import math
+import re
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from critrm import models
 from critrm.batching import EncodedPair, pack
 from critrm.config import TrainConfig
-from critrm.errors import DataError
+from critrm.errors import DataError, StorageError
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import (
     content_hash,
@@ -132,7 +134,8 @@ def train_reward_model(
     if not any(pair.margin for pair in encoded) and config.margins is not None:
         notes = (*notes, "no margin: the pairs carry no ratings")
     checkpoint = _last_checkpoint(out, fingerprint)
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    with full_disk(out), models.quiet():
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if config.lora_rank:
         adapted: Any = trainer.model
         adapted.save_pretrained(out / "adapter")
@@ -147,6 +150,24 @@ def train_reward_model(
     )
     _finish(out, reward_model, trainer, result, facts, fingerprint, started)
     return result
+
+
+@contextlib.contextmanager
+def full_disk(out: Path) -> Iterator[None]:
+    """Say in one line that weights or a checkpoint could not be written, and that nothing before is lost."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's writer has no error class of its own.
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|unexpected pos", str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        raise StorageError(
+            f"{out}: cannot write weights ({reason}). Free space and run the same command again; "
+            "it goes on from the last complete checkpoint."
+        ) from error
 
 
 def _trainer(
@@ -329,7 +350,8 @@ def _finish(
 ) -> None:
     if not trainer.is_world_process_zero():
         return
-    reward_model.save(out / "model")
+    with full_disk(out):
+        reward_model.save(out / "model")
     write_records(out / "log.jsonl", trainer.state.log_history)
     write_manifest(out, config=facts, started=started, seeds=[facts["seed"]], notes=result.notes)
     write_records(out / "result.jsonl", [asdict(result) | {"folder": str(result.folder)}])
