@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from critrm.benchmarks import BENCHMARKS, find_benchmark, llmbar, rewardbench, summarise
+from critrm.dialects import TIE
 from critrm.errors import ConfigError, DataError
-from critrm.preferences import TIE, read_pairs
+from critrm.preferences import read_pairs
 from critrm.types import Message, PreferencePair, Score
 
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from critrm.dialects import DIALECTS, NO_MAJORITY, TIE
 from critrm.errors import ConfigError, DataError
-from critrm.preferences import DIALECTS, NO_MAJORITY, TIE, PairSet, command, read_pairs
+from critrm.preferences import PairSet, command, read_pairs
 from critrm.store import read_rows, write_records
 from critrm.types import RATINGS, Message, PreferencePair
 

@@ -1,6 +1,6 @@
 """Preference pairs in: hub ids, local files, the field's column dialects -> PreferencePair (section 4.1, Appendix B).
 
-A dialect is a plain function from a row to the fields of a pair; which one a file is written in shows in its columns.
+Which dialect a file is written in shows in its columns; `dialects.py` reads each of them.
 """
 
 import math
@@ -9,22 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from critrm.dialects import DIALECTS, Fields, NoPreference, bad_field, checked_text, text_field
 from critrm.errors import ConfigError, DataError
 from critrm.store import Rows, read_rows, write_records
-from critrm.types import RATINGS, SIDES, Message, PreferencePair, Rating, Role
+from critrm.types import RATINGS, SIDES, PreferencePair, Rating
 
-Fields = dict[str, Any]
-TIE = "tie"
-NO_MAJORITY = "no majority"
 LABELS = ("source", "subset", "split")
-ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
-TURN = re.compile(r"(?:^|\n\n)(?:## )?(Human|Assistant):")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,191 +41,6 @@ class PairSet:
     dialect: str
     n_filtered: int = 0
     """Rows of another split, source or subset than asked for."""
-
-
-class _Tie(Exception):
-    """Neither completion is preferred: counted with its reason, and never an error."""
-
-
-def _bad(field: str, reason: str) -> DataError:
-    return DataError(reason, field=field)
-
-
-def _text(row: Fields, field: str) -> str:
-    return _checked(row.get(field), field)
-
-
-def _checked(value: object, field: str) -> str:
-    if not isinstance(value, str):
-        raise _bad(field, "missing" if value is None else f"must be text, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        # Half an emoji, cut by another tool: no tokenizer and no endpoint takes it.
-        raise _bad(field, "not valid Unicode text (a lone surrogate)") from None
-    return value
-
-
-def _messages(value: object, field: str) -> tuple[Message, ...]:
-    """A conversation: message lists as they are, `Human:` / `Assistant:` texts by turns, other text as one turn."""
-    if isinstance(value, str):
-        turns = _transcript(_checked(value, field)) or (Message("user", value),)
-        # TRL's explicit prompts end with an open `Assistant:`.
-        return turns[:-1] if turns[-1] == Message("assistant", "") else turns
-    if not isinstance(value, (list, tuple)):
-        raise _bad(field, "missing" if value is None else "must be text or a list of messages")
-    found = []
-    for item in value:
-        if not isinstance(item, dict) or item.get("role") not in ("system", "user", "assistant"):
-            raise _bad(field, "each message needs a role (system, user or assistant) and a content")
-        if not isinstance(item.get("content"), str):
-            raise _bad(field, "each message needs a content that is text")
-        found.append(Message(item["role"], _checked(item["content"], field)))
-    return tuple(found)
-
-
-def _literal(value: object, field: str) -> tuple[Message, ...]:
-    """As `_messages`, but text is one turn whatever it says: a benchmark's prompt is not to be taken apart."""
-    return (Message("user", _checked(value, field)),) if isinstance(value, str) else _messages(value, field)
-
-
-def _transcript(text: str) -> tuple[Message, ...]:
-    """The turns of a text that starts with `Human:`; empty for any other text."""
-    parts = TURN.split(text.lstrip("\n"))
-    if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
-        return ()
-    # Spaces and line ends around a turn are the transcript's, not the turn's.
-    return tuple(Message(ROLES[role], said.strip(" \n")) for role, said in zip(parts[1::2], parts[2::2], strict=True))
-
-
-def _own(row: Fields) -> Fields:
-    completions: Fields = {side: _completion(row.get(side), side) for side in SIDES}
-    return {"prompt": _messages(row.get("prompt"), "prompt"), **completions}
-
-
-def _rewardbench(row: Fields) -> Fields:
-    return {"prompt": _literal(row.get("prompt"), "prompt"), **{side: _text(row, side) for side in SIDES}}
-
-
-def _completion(value: Any, field: str) -> str:
-    """Text, or a list of one assistant message."""
-    if isinstance(value, str):
-        return _checked(value, field)
-    messages = _messages(value, field)
-    if len(messages) != 1 or messages[0].role != "assistant":
-        raise _bad(field, "must be text or a list of one assistant message")
-    return messages[0].content
-
-
-def _implicit(row: Fields) -> Fields:
-    """TRL's implicit prompt: both conversations whole; what they share is the prompt, a `prompt` column repeats it."""
-    return _shared_prompt(*(_literal(row.get(side), side) for side in SIDES))
-
-
-def _hh(row: Fields) -> Fields:
-    """HH-RLHF: two transcripts with one prompt."""
-    return _shared_prompt(*(_transcript(_text(row, side)) for side in SIDES))
-
-
-def _shared_prompt(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Fields:
-    for field, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages or messages[-1].role != "assistant":
-            raise _bad(field, "must be a conversation that ends with the assistant's turn")
-    if chosen[:-1] != rejected[:-1]:
-        raise _bad("rejected", "prompts differ: its conversation is not the chosen one's up to the last turn")
-    return {"prompt": chosen[:-1], "chosen": chosen[-1].content, "rejected": rejected[-1].content}
-
-
-def _dsp(row: Fields) -> Fields:
-    texts, scores = row.get("text"), row.get("score")
-    if not isinstance(texts, list) or len(texts) != 2:
-        raise _bad("text", "must be a list of two transcripts")
-    if not isinstance(scores, list) or len(scores) != 2:
-        raise _bad("score", "must be a list of two numbers")
-    order = (0, 1) if _first_is_better(scores[0], scores[1], "score") else (1, 0)
-    return _hh({"chosen": texts[order[0]], "rejected": texts[order[1]]})
-
-
-def _first_is_better(first: object, second: object, field: str) -> bool:
-    if not isinstance(first, (int, float)) or not isinstance(second, (int, float)):
-        raise _bad(field, "must be numbers")
-    if first == second:
-        raise _Tie(TIE)
-    return first > second
-
-
-def _by_label(prompt: str, first: str, second: str, label: object, field: str) -> Fields:
-    if label not in (1, 2, "1", "2") or isinstance(label, bool):
-        raise _bad(field, f"must be 1 or 2: {label!r:.40}")
-    chosen, rejected = (first, second) if label in (1, "1") else (second, first)
-    return {"prompt": (Message("user", prompt),), "chosen": chosen, "rejected": rejected}
-
-
-def _llmbar(row: Fields) -> Fields:
-    return _by_label(_text(row, "input"), _text(row, "output_1"), _text(row, "output_2"), row.get("label"), "label")
-
-
-def _pandalm(row: Fields) -> Fields:
-    """PandaLM: the majority of three annotators; 0 is a tie, and so is no majority."""
-    votes = [row.get(f"annotator{n}") for n in (1, 2, 3)]
-    if any(vote not in (0, 1, 2) for vote in votes):
-        raise _bad("annotator1", f"the annotators' votes must be 0, 1 or 2: {votes!r:.60}")
-    label, count = Counter(votes).most_common(1)[0]
-    if count < 2:
-        raise _Tie(NO_MAJORITY)
-    if label == 0:
-        raise _Tie(TIE)
-    given = _text(row, "input") if row.get("input") else ""
-    prompt = _text(row, "instruction") + (f"\n\n{given}" if given else "")
-    return _by_label(prompt, _text(row, "response1"), _text(row, "response2"), label, "annotator1")
-
-
-def _ultrafeedback(row: Fields) -> Fields:
-    """UltraFeedback, binarised: TRL's columns, and two scores beside them or in `metadata`."""
-    scores = _scores(row)
-    if not _first_is_better(scores.get("score_chosen"), scores.get("score_rejected"), "score_chosen"):
-        raise _bad("score_chosen", "lower than score_rejected")
-    return _implicit(row) if _is_implicit(row) else _own(row)
-
-
-def _scores(row: Fields) -> Fields:
-    beside = row.get("metadata")
-    return row | beside if isinstance(beside, dict) else row
-
-
-def _is_implicit(row: Fields) -> bool:
-    chosen, prompt = row.get("chosen"), row.get("prompt")
-    # Some sets hold whole conversations and repeat their first message as the text `prompt`.
-    repeats = isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1
-    return isinstance(chosen, list) and "rejected" in row and (prompt is None or repeats)
-
-
-def _rmb(row: Fields) -> Fields:
-    answers = {}
-    for side, column in (("chosen", "chosen"), ("rejected", "reject")):
-        value = row.get(column)
-        if not isinstance(value, dict):
-            raise _bad(column, "must be an object with an answer")
-        answers[side] = _text(value, "answer")
-    prompt = _literal(row.get("conversation_input"), "conversation_input")
-    return {"prompt": prompt, "subset": row.get("category_path"), **answers}
-
-
-DIALECTS: dict[str, tuple[Callable[[Fields], bool], Callable[[Fields], Fields]]] = {
-    "llmbar": (lambda row: "output_1" in row and "label" in row, _llmbar),
-    "pandalm": (lambda row: "response1" in row and "annotator1" in row, _pandalm),
-    "dsp": (lambda row: "text" in row and "score" in row, _dsp),
-    "rmb": (lambda row: "conversation_input" in row and "reject" in row, _rmb),
-    "ultrafeedback": (
-        lambda row: "chosen" in row and "score_chosen" in _scores(row),
-        _ultrafeedback,
-    ),
-    "trl-implicit": (_is_implicit, _implicit),
-    "rewardbench": (lambda row: "prompt" in row and "chosen_model" in row and "subset" in row, _rewardbench),
-    "critrm": (lambda row: "prompt" in row and "chosen" in row and "rejected" in row, _own),
-    "hh": (lambda row: isinstance(row.get("chosen"), str) and "prompt" not in row and "rejected" in row, _hh),
-}
-"""Name -> how a row of it is recognised, and how it is read. `critrm` also reads TRL's explicit prompts."""
 
 
 def read_pairs(
@@ -284,9 +94,9 @@ def read_pairs(
                 continue
             pair = _pair(fields, f"{Path(path).name.partition('.')[0]}-{number:05d}")
             if pair.id in pairs:
-                raise _bad("id", f"a second pair with this id: {pair.id!r:.80}")
+                raise bad_field("id", f"a second pair with this id: {pair.id!r:.80}")
             pairs[pair.id] = pair
-        except _Tie as tie:
+        except NoPreference as tie:
             skipped.append(SkippedRow(path=str(path), line=number, field="", reason=str(tie)))
         except DataError as error:
             on_bad(DataError(error.reason, path=str(path), line=number, field=error.field))
@@ -345,21 +155,21 @@ def _recognise(row: Fields, path: str, number: int) -> str:
 def _pair(fields: Fields, default_id: str) -> PreferencePair:
     prompt = fields["prompt"]
     if not prompt or not prompt[-1].content.strip():
-        raise _bad("prompt", "empty")
+        raise bad_field("prompt", "empty")
     if prompt[-1].role != "user":
-        raise _bad("prompt", "must end with the user's turn")
+        raise bad_field("prompt", "must end with the user's turn")
     for side in SIDES:
         if not fields[side].strip():
-            raise _bad(side, "empty")
+            raise bad_field(side, "empty")
     if fields["chosen"].strip() == fields["rejected"].strip():
-        raise _bad("rejected", "identical to the chosen completion")
+        raise bad_field("rejected", "identical to the chosen completion")
     ids = [fields[name] for name in ("id", "pair_uid", "idx") if fields.get(name) not in (None, "")]
     own_id = ids[0] if ids else default_id
     if isinstance(own_id, int) and not isinstance(own_id, bool):
         own_id = str(own_id)
-    labels = {name: "" if fields.get(name) is None else _text(fields, name) for name in LABELS}
+    labels = {name: "" if fields.get(name) is None else text_field(fields, name) for name in LABELS}
     return PreferencePair(
-        id=_checked(own_id, "id"),
+        id=checked_text(own_id, "id"),
         prompt=prompt,
         chosen=fields["chosen"],
         rejected=fields["rejected"],
@@ -375,7 +185,7 @@ def _rating(value: object) -> Rating | None:
     if isinstance(value, str):
         value = " ".join(value.lower().replace("_", " ").split())
     if isinstance(value, bool) or value not in (*RATINGS, 1, 2, 3):
-        raise _bad("rating", f"must be {', '.join(RATINGS)} or 1 to 3: {value!r:.60}")
+        raise bad_field("rating", f"must be {', '.join(RATINGS)} or 1 to 3: {value!r:.60}")
     return RATINGS[(*RATINGS, 1, 2, 3).index(value) % 3]
 
 
@@ -384,7 +194,7 @@ def _margin(value: object) -> float | None:
         return None
     # Compared, not converted: JSON's integers may be too long for a float. Not-a-number is in no interval.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
-        raise _bad("margin", f"must be a finite number: {value!r:.60}")
+        raise bad_field("margin", f"must be a finite number: {value!r:.60}")
     return float(value)
 
 
