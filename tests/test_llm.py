@@ -297,6 +297,7 @@ def test_ctrl_c_leaves_no_warnings() -> None:
             text=True,
         )
         assert started.wait(30)
+        time.sleep(0.5)  # until all four calls are under way
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (out, err, process.returncode) == ("stopped\n", "", 0)
