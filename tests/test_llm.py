@@ -282,7 +282,9 @@ def test_ctrl_c_leaves_no_warnings() -> None:
         return Answer(body=completion("late").body, delay=3)
 
     script = (
-        "import asyncio, sys\nfrom critrm.llm import *\nfrom critrm.types import Message\n"
+        "import asyncio, signal, sys\nfrom critrm.llm import *\nfrom critrm.types import Message\n"
+        # A shell starts background jobs with the signal ignored, and whoever runs the tests may be one.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "asked = (ChatRequest(id=str(i), messages=(Message('user', 'q'),)) for i in range(99))\n"
         "async def main():\n"
         "    async for _ in OpenAIChat('m', base_url=sys.argv[1], concurrency=4).stream(asked, Sampling()): pass\n"
