@@ -1,5 +1,6 @@
 """Arms side by side: groups, paired differences, tables."""
 
+import io
 import math
 
 import pytest
@@ -76,7 +77,7 @@ def test_tables_show_every_arm_and_group():
         "tokens": {NO_CRITIC: {"critic_read": 0, "critic_wrote": 0, "train": 10},
                    "c": {"critic_read": 1234, "critic_wrote": 56, "train": 789}},
     }  # fmt: skip
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(results_table(results))
     console.print(costs_table(results))
     text = console.export_text()
@@ -86,4 +87,3 @@ def test_tables_show_every_arm_and_group():
     assert markdown.count("\n| mini |") == 1
     assert "+0.500 [" in markdown
     assert "c 5e-05" in markdown
-    console.file.close()

@@ -121,7 +121,7 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Stage 4: which arm the others are compared with, and how many tokens are scored at once."""
+    """Stage 4: how many tokens are scored at once."""
 
     max_tokens_per_step: int = Field(default=4096, gt=0)
 
