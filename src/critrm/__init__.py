@@ -36,7 +36,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from critrm.augment import augment_pairs
-    from critrm.critique import critique_pairs, read_critiques
+    from critrm.critique import critique_pairs
+    from critrm.critique_files import read_critiques
     from critrm.errors import ConfigError, CriticError, CriticMismatch, CritrmError, DataError, ModelError, StorageError
     from critrm.llm import OpenAIChat, Sampling, ScriptedChat
     from critrm.local_llm import LocalChat
@@ -70,7 +71,7 @@ else:
         "StorageError": "errors",
         "augment_pairs": "augment",
         "critique_pairs": "critique",
-        "read_critiques": "critique",
+        "read_critiques": "critique_files",
         "read_pairs": "preferences",
         "run_recipe": "pipeline",
         "train_reward_model": "train",

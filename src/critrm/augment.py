@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from critrm.critique import read_critiques
+from critrm.critique_files import read_critiques
 from critrm.errors import ConfigError, DataError
 from critrm.models import load_tokenizer
 from critrm.preferences import read_pairs

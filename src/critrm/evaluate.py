@@ -15,7 +15,7 @@ from rich.table import Table
 
 from critrm.augment import Budget, augment_pairs, segment_pair, text_encoder
 from critrm.benchmarks import find_benchmark, summarise
-from critrm.critique import read_critiques
+from critrm.critique_files import read_critiques
 from critrm.errors import ConfigError, CriticMismatch, DataError
 from critrm.metrics import half_credit
 from critrm.preferences import read_pairs

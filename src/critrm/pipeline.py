@@ -25,7 +25,8 @@ from rich.console import Console
 
 from critrm.augment import Augmented, Budget, augment_pairs, file_name, text_encoder, write_augmented
 from critrm.config import CriticConfig, PairSource, Recipe, data_path, load_recipe
-from critrm.critique import critique_with_progress, default_cache_path, open_chat, read_critiques
+from critrm.critique import critique_with_progress, default_cache_path, open_chat
+from critrm.critique_files import read_critiques
 from critrm.errors import DataError
 from critrm.evaluate import evaluate, read_scores
 from critrm.llm import Sampling
