@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from critrm.critique import command, critique_pairs, default_cache_path, open_chat
+from critrm.critique import command, critique_pairs, open_chat
+from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.errors import ConfigError, CriticError, StorageError
 from critrm.llm import ChatRequest, OpenAIChat, Reply, Sampling, ScriptedChat
 from critrm.prompts import load_template
-from critrm.store import CritiqueCache, write_records
+from critrm.store import write_records
 from critrm.types import Critique, Message, PreferencePair
 from scripted_server import Answer, completion, serving
 

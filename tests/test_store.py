@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from critrm.critique_cache import CritiqueCache
 from critrm.errors import DataError, StorageError
 from critrm.store import (
-    CritiqueCache,
     content_hash,
     disk_errors,
     file_hash,
@@ -360,7 +360,7 @@ def test_any_critique_survives_the_cache(tmp_path_factory, critique):
 
 WRITER = """
 import sys
-from critrm.store import CritiqueCache
+from critrm.critique_cache import CritiqueCache
 from critrm.types import Critique
 name, n = sys.argv[2], int(sys.argv[3])
 with CritiqueCache(sys.argv[1]) as cache:

@@ -37,6 +37,7 @@ __all__ = [
 if TYPE_CHECKING:
     from critrm.augment import augment_pairs
     from critrm.critique import critique_pairs
+    from critrm.critique_cache import CritiqueCache
     from critrm.critique_files import read_critiques
     from critrm.errors import ConfigError, CriticError, CriticMismatch, CritrmError, DataError, ModelError, StorageError
     from critrm.llm import OpenAIChat, Sampling, ScriptedChat
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from critrm.pipeline import run_recipe
     from critrm.preferences import read_pairs
     from critrm.reward_model import RewardModel
-    from critrm.store import CritiqueCache
     from critrm.train import train_reward_model
     from critrm.types import Critique, CritiquedPair, EvalResult, Message, Outcome, PreferencePair, Score
 else:
@@ -53,7 +53,7 @@ else:
         "CriticError": "errors",
         "CriticMismatch": "errors",
         "Critique": "types",
-        "CritiqueCache": "store",
+        "CritiqueCache": "critique_cache",
         "CritiquedPair": "types",
         "CritrmError": "errors",
         "DataError": "errors",

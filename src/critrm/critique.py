@@ -5,7 +5,6 @@ under a key of all that determines it before it is counted, so that nothing is p
 """
 
 import asyncio
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -18,11 +17,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import Chat, ChatRequest, OpenAIChat, Reply, Sampling
 from critrm.preferences import read_pairs
 from critrm.prompts import Template, critique_messages, load_template, template_version
-from critrm.store import CritiqueCache, content_hash, write_manifest, write_records
+from critrm.store import content_hash, write_manifest, write_records
 from critrm.types import SIDES, Critique, PreferencePair, Side
 
 OnReply = Callable[[Critique, bool], None]
@@ -200,11 +200,6 @@ def open_chat(model: str, *, base_url: str | None = None, concurrency: int = 16,
 
         return LocalChat(model.removeprefix("local:"))
     return OpenAIChat(model, base_url=base_url, concurrency=concurrency, timeout=timeout)
-
-
-def default_cache_path() -> Path:
-    """The cache of all critiques of this user, so that no run pays for what another has paid for."""
-    return Path(os.environ.get("CRITRM_CACHE") or "~/.cache/critrm").expanduser() / "critiques.sqlite"
 
 
 def command(

@@ -25,7 +25,8 @@ from rich.console import Console
 
 from critrm.augment import Augmented, Budget, augment_pairs, file_name, text_encoder, write_augmented
 from critrm.config import CriticConfig, PairSource, Recipe, data_path, load_recipe
-from critrm.critique import critique_with_progress, default_cache_path, open_chat
+from critrm.critique import critique_with_progress, open_chat
+from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.errors import DataError
 from critrm.evaluate import evaluate, read_scores
@@ -35,7 +36,6 @@ from critrm.preferences import read_pairs
 from critrm.results import ArmScores, compare_arms, results_markdown, results_table
 from critrm.reward_model import RewardModel
 from critrm.store import (
-    CritiqueCache,
     content_hash,
     mark_stage_done,
     stage_is_done,
