@@ -1,0 +1,287 @@
+"""Writes replies with a language model: many at once, reading what prompts have in common once.
+
+Made for CPUs, where reading the prompt costs as much as writing the reply: prompts are read without padding, what
+several of them begin with (the two completions of a pair have one conversation) is read once, and rows that are done
+give their place in the batch to waiting ones.
+"""
+
+import hashlib
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from critrm.attention import Group
+from critrm.llm import Sampling
+
+_KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+READ_TOKENS = 1024
+"""About how many prompt tokens are read at a time."""
+MIN_SHARED = 16
+"""So many more tokens in common than all prompts have make it worth reading them once."""
+MAX_CACHED_TOKENS = 65_536
+"""Bound on rows x width of the key-value cache: 1.5 GB for SmolLM2-135M in bf16."""
+REFILL_BELOW = 0.75
+"""The batch is packed anew when fewer of its rows than this are still being written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A language model, and what has to be known to write with it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    """How many tokens prompt and reply may have together."""
+    stop_ids: frozenset[int]
+
+
+class Row:
+    """One reply being written."""
+
+    def __init__(self, id: str, prompt: list[int], max_tokens: int, seed: int) -> None:
+        """Args: the request's id, the prompt's tokens, how long the reply may be, and the seed of its sampling."""
+        self.id, self.prompt, self.max_tokens = id, prompt, max_tokens
+        self.family = 0
+        """Rows of one family have prompts that begin alike."""
+        self.tokens: list[int] = []
+        self.finish_reason = ""
+        self.started, self.seconds = time.monotonic(), 0.0
+        # Drawn per row from what is asked, so that a reply does not depend on its neighbours in the batch.
+        self.random = random.Random(hashlib.sha256(repr((seed, prompt)).encode()).digest())
+        self.cache: list[_KeyValue] = []
+        """Per layer (n_heads, n_seen, head_dim) keys and values, while the row is not packed."""
+
+    @property
+    def n_seen(self) -> int:
+        """How many tokens are in the cache: all but the last one drawn."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    def add(self, token: int, stop_ids: frozenset[int]) -> None:
+        """Take the next token; afterwards `finish_reason` says whether it was the last."""
+        if token in stop_ids:
+            self.finish_reason = "stop"
+        else:
+            self.tokens.append(token)
+            self.finish_reason = "length" if len(self.tokens) >= self.max_tokens else ""
+        self.seconds = time.monotonic() - self.started
+
+
+def generate(writer: Writer, rows: list[Row], *, sampling: Sampling, batch_size: int) -> Iterator[list[Row]]:
+    """Write the replies of all rows, and yield rows as they are done."""
+    waiting = deque(_order(rows))
+    live: list[Row] = []
+    while waiting or live:
+        width = max(row.n_seen + row.max_tokens for row in (*live, *itertools.islice(waiting, 1)))
+        n_places = max(1, min(batch_size, MAX_CACHED_TOKENS // width))
+        joining = [waiting.popleft() for _ in range(min(len(waiting), max(0, n_places - len(live))))]
+        for families in _portions(joining):
+            _read_prompts(writer, families, sampling)
+        live += joining
+        _write(writer, [row for row in live if not row.finish_reason], sampling)
+        yield [row for row in live if row.finish_reason]
+        live = [row for row in live if not row.finish_reason]
+
+
+def _order(rows: list[Row]) -> list[Row]:
+    """Families of rows whose prompts begin alike, side by side; the family with the longest prompt first.
+
+    A row that joins a batch thus hardly ever makes it wider than those before it did.
+    """
+    families: list[list[Row]] = []
+    n_family = 0
+    rows = sorted(rows, key=lambda row: row.prompt)
+    # What all have in common (the chat template's head) makes no family.
+    n_head = _n_common(rows[0].prompt, rows[-1].prompt) if rows else 0
+    for row in rows:
+        n_common = _n_common(families[-1][-1].prompt, row.prompt) if families else 0
+        if families and n_common >= max(n_family, min(n_head + MIN_SHARED, len(row.prompt) // 2)):
+            families[-1].append(row)
+            n_family = n_common
+        else:
+            families.append([row])
+            n_family = 0
+    families.sort(key=lambda family: -max(len(row.prompt) for row in family))
+    for number, family in enumerate(families):
+        for row in family:
+            row.family = number
+    return [row for family in families for row in family]
+
+
+def _n_common(first: list[int], second: list[int]) -> int:
+    """How many tokens two prompts have in common from the beginning."""
+    n = min(len(first), len(second))
+    return next((i for i in range(n) if first[i] != second[i]), n)
+
+
+def _portions(rows: list[Row]) -> Iterator[list[list[Row]]]:
+    """The families of some rows, in portions of about READ_TOKENS tokens."""
+    portion: list[list[Row]] = []
+    n_tokens = 0
+    for _, family in itertools.groupby(rows, key=lambda row: row.family):
+        portion.append(list(family))
+        n_tokens += sum(len(row.prompt) for row in portion[-1])
+        if n_tokens >= READ_TOKENS:
+            yield portion
+            portion, n_tokens = [], 0
+    if portion:
+        yield portion
+
+
+@torch.inference_mode()
+def _read_prompts(writer: Writer, families: list[list[Row]], sampling: Sampling) -> None:
+    """Fill the rows' caches and draw their first tokens; the common beginning of a family is read once."""
+    ids: list[int] = []
+    positions: list[int] = []
+    groups = []
+    places: list[tuple[Row, slice, slice]] = []
+    for family in families:
+        first, last = min(row.prompt for row in family), max(row.prompt for row in family)
+        # At least its last token is each row's own: what follows it is what is drawn.
+        n_shared = min(_n_common(first, last), *(len(row.prompt) - 1 for row in family))
+        start = len(ids)
+        groups.append(Group(start, n_shared, tuple(len(row.prompt) - n_shared for row in family)))
+        ids += family[0].prompt[:n_shared]
+        positions += range(n_shared)
+        for row in family:
+            row.started = time.monotonic()
+            own = slice(len(ids), len(ids) + len(row.prompt) - n_shared)
+            places.append((row, slice(start, start + n_shared), own))
+            ids += row.prompt[n_shared:]
+            positions += range(n_shared, len(row.prompt))
+    device = writer.model.device
+    cache = DynamicCache()
+    logits = writer.model(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        # A mask of four dimensions is passed on as it is, so none is built: the groups say who sees whom.
+        attention_mask=torch.empty(1, 1, 1, 1, device=device),
+        groups=tuple(groups),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=torch.tensor([own.stop - 1 for _, _, own in places], device=device),
+    ).logits[0]
+    layers = [(keys[0], values[0]) for keys, values, _ in cache]
+    rows = [row for row, _, _ in places]
+    for (row, shared, own), token in zip(places, _draw(logits, rows, sampling), strict=True):
+        row.cache = [
+            (torch.cat([k[:, shared], k[:, own]], dim=1), torch.cat([v[:, shared], v[:, own]], dim=1))
+            for k, v in layers
+        ]
+        row.add(token, writer.stop_ids)
+
+
+@torch.inference_mode()
+def _write(writer: Writer, rows: list[Row], sampling: Sampling) -> None:
+    """Go on with all rows, token by token, until so many are done that a new pack is better."""
+    n_enough = REFILL_BELOW * len(rows)
+    if not rows:
+        return
+    layers, mask = _pack(rows)
+    cache = Cache(layers=list(layers))
+    column = max(row.n_seen for row in rows)
+    n_live = len(rows)
+    while n_live and n_live >= n_enough:
+        mask[..., column] = 0
+        column += 1
+        logits = writer.model(
+            input_ids=torch.tensor([[row.tokens[-1]] for row in rows], device=mask.device),
+            attention_mask=mask,
+            position_ids=torch.tensor([[row.n_seen] for row in rows], device=mask.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        for row, token in zip(rows, _draw(logits, rows, sampling), strict=True):
+            # A finished row goes through the model until the next pack; what it says then is dropped.
+            if not row.finish_reason:
+                row.add(token, writer.stop_ids)
+        n_live = sum(not row.finish_reason for row in rows)
+    for i, row in enumerate(rows):
+        seen = slice(column - row.n_seen, column)
+        row.cache = (
+            []
+            if row.finish_reason
+            else [(layer.all_keys[i, :, seen], layer.all_values[i, :, seen]) for layer in layers]
+        )
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of one layer with room for the tokens to come.
+
+    Growing them by concatenation copies all of them for every token, which takes longer than attending to them.
+    Attention reads the whole width; the mask hides what is not written yet.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, n_seen: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.all_keys, self.all_values, self.n_seen = keys, values, n_seen
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> _KeyValue:
+        """Put one token's keys and values into the next free column."""
+        self.all_keys[:, :, self.n_seen] = key_states[:, :, 0]
+        self.all_values[:, :, self.n_seen] = value_states[:, :, 0]
+        self.n_seen += 1
+        return self.all_keys, self.all_values
+
+    def get_seq_length(self) -> int:
+        """How many columns are filled."""
+        return self.n_seen
+
+
+def _pack(rows: list[Row]) -> tuple[list[_RoomyLayer], torch.Tensor]:
+    """One cache of all rows, by layer, padded on the left, and its mask of shape (n_rows, 1, 1, width).
+
+    The mask is 0 where a row has a token, and minus infinity elsewhere.
+    """
+    n_seen = max(row.n_seen for row in rows)
+    width = n_seen + max(row.max_tokens - len(row.tokens) for row in rows)
+    layers = []
+    for layer in zip(*(row.cache for row in rows), strict=True):
+        keys, values = (_pad([pair[side] for pair in layer], n_seen, width) for side in (0, 1))
+        layers.append(_RoomyLayer(keys, values, n_seen))
+    mask = layers[0].all_keys.new_full((len(rows), 1, 1, width), float("-inf"))
+    for i, row in enumerate(rows):
+        mask[i, ..., n_seen - row.n_seen : n_seen] = 0
+        row.cache = []
+    return layers, mask
+
+
+def _pad(tensors: list[torch.Tensor], n_seen: int, width: int) -> torch.Tensor:
+    n_heads, _, dim = tensors[0].shape
+    # Not left uninitialised: what the mask hides still takes part in the products, and 0 x NaN is NaN.
+    out = tensors[0].new_zeros(len(tensors), n_heads, width, dim)
+    for row, tensor in zip(out, tensors, strict=True):
+        row[:, n_seen - tensor.shape[1] : n_seen] = tensor
+    return out
+
+
+def _draw(logits: torch.Tensor, rows: list[Row], sampling: Sampling) -> list[int]:
+    """The next token of each row from (n_rows, n_vocabulary) logits.
+
+    Above temperature 0: by inverting the cumulative distribution, so that each row needs one random number.
+    """
+    if sampling.temperature <= 0:
+        return [int(token) for token in logits.argmax(-1)]
+    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    order = None
+    if sampling.top_p < 1:
+        # Sorting the whole vocabulary takes as long as the model does; nearly always the nucleus is far smaller.
+        largest, order = probabilities.topk(min(1024, probabilities.shape[-1]))
+        if bool((largest.sum(-1) < sampling.top_p).any()):
+            largest, order = probabilities.sort(descending=True)
+        before = largest.cumsum(-1) - largest
+        probabilities = largest * (before < sampling.top_p)
+    cumulated = probabilities.cumsum(-1)
+    points = torch.tensor([[row.random.random()] for row in rows], device=logits.device) * cumulated[:, -1:]
+    found = torch.searchsorted(cumulated, points)
+    chosen = found if order is None else order.gather(-1, found)
+    return [int(token) for token in chosen[:, 0]]
