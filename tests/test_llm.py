@@ -11,14 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import pytest
 
 from critrm.errors import ConfigError, CriticError
-from critrm.llm import ChatRequest, OpenAIChat, Reply, Sampling, ScriptedChat
+from critrm.llm import ChatRequest, OpenAIChat, Reply, Sampling, ScriptedChat, _Answer
 from critrm.types import Message
 from scripted_server import Answer, completion, serving
 
@@ -28,8 +30,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("critrm.endpoints.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("critrm.endpoints.MAX_DELAY", 0.02)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -46,7 +48,7 @@ def ask(chat: Any, n: int = 1, sampling: Sampling | None = None) -> list[Reply]:
     return asyncio.run(collect())
 
 
-def chat_at(url: str, **settings: Any) -> OpenAIChat:
+def chat_at(url: str | tuple[str, ...], **settings: Any) -> OpenAIChat:
     return OpenAIChat("some-model", base_url=url, **{"max_retries": 0, "timeout": 5.0, **settings})
 
 
@@ -95,19 +97,31 @@ def test_answers_with_tokens_and_sends_the_sampling() -> None:
         (completion(None), "empty reply"),
         (completion("", finish_reason="length"), "empty reply: max_tokens ran out before any text"),
         (completion("half a", finish_reason="content_filter"), "content_filter"),
+        (completion(None, refusal="I can't help with that."), "refusal: I can't help with that."),
+        (Answer(status=429, headers={"retry-after": "9999"}), "http 429 (come back in 9999 seconds)"),
         (Answer(delay=5), "timeout"),
+        (Answer(body=completion("slow").body, drip=0.05), "timeout"),
     ],
 )
 def test_a_fault_is_a_failure_with_its_reason(answer: Answer, failure: str) -> None:
     with serving(lambda _: answer) as server:
-        (reply,) = ask(chat_at(server.url, timeout=0.3 if answer.delay else 5.0))
+        (reply,) = ask(chat_at(server.url, timeout=0.3 if answer.delay or answer.drip else 5.0))
     assert (reply.failure, reply.text, reply.id) == (failure, "", "0")
 
 
-def test_a_body_cut_short_is_a_failure() -> None:
-    with serving(lambda _: Answer(body='{"choices"', declared_length=500)) as server:
-        (reply,) = ask(chat_at(server.url))
-    assert reply.failure.startswith("connection failed")
+@pytest.mark.parametrize("fault", [Answer(body='{"choices"', declared_length=500), Answer(reset=True), Answer(delay=9)])
+def test_broken_off_and_hanging_calls_are_rows_and_never_end_the_run(fault: Answer) -> None:
+    with serving(lambda _: fault) as server:
+        replies = ask(chat_at(server.url, timeout=0.5 if fault.delay else 30), 40)
+    assert len(replies) == 40
+    assert {reply.failure.partition(":")[0] for reply in replies} == {"timeout" if fault.delay else "connection failed"}
+
+
+@pytest.mark.parametrize("fault", [Answer(body='{"choices"', declared_length=500), Answer(reset=True)])
+def test_broken_off_calls_are_made_again(fault: Answer) -> None:
+    answers = iter([fault, fault, completion("third time")])
+    with serving(lambda _: next(answers)) as server:
+        assert ask(chat_at(server.url, max_retries=2))[0].text == "third time"
 
 
 def test_refused_connection_and_unknown_host() -> None:
@@ -139,6 +153,95 @@ def test_server_errors_are_retried() -> None:
     answers = iter([Answer(status=500), Answer(status=503), completion("third time")])
     with serving(lambda _: next(answers)) as server:
         assert ask(chat_at(server.url, max_retries=4))[0].text == "third time"
+
+
+def test_a_storm_of_429_ends_with_every_call_answered() -> None:
+    windows: dict[int, int] = {}
+    lock = threading.Lock()
+
+    def answer(_: dict[str, Any]) -> Answer:
+        window = int(time.monotonic() / 0.1)
+        with lock:
+            windows[window] = windows.get(window, 0) + 1
+            busy = windows[window] > 4
+        return Answer(status=429, body="{}", headers={"retry-after": "0.1"}) if busy else completion("ok")
+
+    with serving(answer) as server:
+        replies = ask(chat_at(server.url, concurrency=16, max_retries=2), 40)
+        assert len(server.bodies) > 40
+    assert [reply.failure for reply in replies] == [""] * 40
+
+
+def test_a_storm_of_429_that_never_ends_becomes_rows() -> None:
+    with serving(lambda _: Answer(status=429, body="{}")) as server:
+        replies = ask(chat_at(server.url, max_retries=2), 40)
+    assert [reply.failure for reply in replies] == ["http 429"] * 40
+
+
+def test_requests_and_tokens_per_minute_are_kept() -> None:
+    with serving(lambda _: completion("ok")) as server:
+        start = time.monotonic()
+        ask(chat_at(server.url, requests_per_minute=1200), 11)
+        assert 0.5 <= time.monotonic() - start < 3
+        start = time.monotonic()
+        # 2 for the text, 256 for the answer, corrected to 18 by the usage: 18 calls of 18 are 0.5 s at 36,000 a minute
+        ask(chat_at(server.url, tokens_per_minute=36_000, concurrency=1), 18)
+        assert 0.3 <= time.monotonic() - start < 3
+
+
+# Several endpoints
+
+
+def test_calls_are_shared_by_all_base_urls() -> None:
+    def slow(text: str) -> Answer:
+        return Answer(body=completion(text).body, delay=0.02)
+
+    with serving(lambda _: slow("a")) as first, serving(lambda _: slow("b")) as second:
+        for base_url in ((first.url, second.url), f"{first.url}, {second.url}"):
+            texts = sorted(reply.text for reply in ask(chat_at(base_url, concurrency=8), 40))
+            assert 12 <= texts.count("a") <= 28 and texts.count("a") + texts.count("b") == 40
+
+
+@pytest.mark.parametrize("fault", [Answer(status=503), Answer(reset=True), Answer(delay=2), None])
+def test_the_run_goes_on_over_the_endpoints_that_are_up(fault: Answer | None) -> None:
+    n_asked = 0
+    with serving(lambda _: completion("ok")) as good, serving(lambda _: fault or completion("")) as bad:
+        replies = ask(chat_at((bad.url if fault else closed_port(), good.url), concurrency=4, timeout=0.5), 60)
+        n_asked = len(bad.bodies)
+    assert [reply.text for reply in replies] == ["ok"] * 60
+    assert n_asked <= 5 + 4  # then it was left alone
+
+
+def test_an_endpoint_that_comes_back_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("critrm.endpoints.REST_SECONDS", 0.1)
+    ill = True
+
+    def answer(_: dict[str, Any]) -> Answer:
+        return Answer(status=503) if ill else Answer(body=completion("back").body, delay=0.01)
+
+    async def talk(chat: OpenAIChat) -> list[str]:
+        nonlocal ill
+        texts: list[str] = []
+        async for reply in chat.stream(requests(80), Sampling()):
+            texts.append(reply.text)
+            ill = len(texts) < 20
+        return texts
+
+    with serving(lambda _: Answer(body=completion("ok").body, delay=0.02)) as good, serving(answer) as other:
+        texts = asyncio.run(talk(chat_at((other.url, good.url), concurrency=4)))
+    assert set(texts[:20]) == {"ok"} and texts.count("back") > 5 and len(texts) == 80
+
+
+def test_only_when_all_endpoints_are_down_does_the_run_end() -> None:
+    received: list[Reply] = []
+
+    async def collect(chat: OpenAIChat) -> None:
+        async for reply in chat.stream(requests(1000), Sampling()):
+            received.append(reply)
+
+    with pytest.raises(CriticError, match=r"endpoint down.*connection refused.*run the same command again"):
+        asyncio.run(collect(chat_at((closed_port(), closed_port()), max_retries=1)))
+    assert received == []
 
 
 def test_one_failure_does_not_stop_the_others() -> None:
@@ -182,6 +285,55 @@ def test_a_rejected_key_names_the_variable_and_never_the_key(status: int, caplog
         assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     assert KEY not in str(caught.value) + repr(caught.value) + repr(chat)
     assert KEY not in caplog.text
+
+
+@pytest.mark.parametrize("spell", ["{}", "%{}", "https://x.example/v1?key={}"])
+def test_a_key_echoed_in_any_spelling_is_blotted_out(spell: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    key, url_key = "sk/a+b=c d&e", "hunter2hunter2"
+    spellings = (key, quote(key), quote(key, safe=""), quote_plus(key), quote(key, safe="").lower(), url_key)
+    for shown in spellings:
+        for padding in ("", "x" * 103):  # also where the message is cut off in its midst
+            error = Answer(status=400, body=json.dumps({"error": {"message": padding + spell.format(shown)}}))
+            with serving(lambda _, error=error: error) as server:
+                url = server.url.replace("//", f"//me:{url_key}@")
+                (reply,) = ask(chat_at(url, api_key=key))
+            assert ("***" in reply.failure or padding) and shown[:4].lower() not in reply.failure.lower()
+    assert url_key not in caplog.text and key not in caplog.text
+
+
+def test_the_key_is_read_from_the_variable_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COHERE_API_KEY", "co-secret-key")
+    refusal = Answer(status=401, body="{}")
+    with serving(lambda _: refusal) as server:
+        with pytest.raises(CriticError, match="COHERE_API_KEY"):
+            ask(chat_at(server.url, key_variable="COHERE_API_KEY"))
+        assert server.headers[0]["authorization"] == "Bearer co-secret-key"
+    monkeypatch.delenv("COHERE_API_KEY")
+    with pytest.raises(CriticError, match="COHERE_API_KEY"):
+        OpenAIChat("m", key_variable="COHERE_API_KEY")
+
+
+def test_memory_does_not_grow_with_the_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def call(self: OpenAIChat, endpoint: object, request: ChatRequest, sampling: Sampling) -> _Answer:
+        await asyncio.sleep(0)
+        return _Answer(Reply(id=request.id, text="fine " * 50))
+
+    async def count(n: int) -> int:
+        chat = OpenAIChat("m", base_url="http://127.0.0.1:1/v1", concurrency=64)
+        tracemalloc.reset_peak()
+        async for _ in chat.stream(requests(n), Sampling()):
+            pass
+        return tracemalloc.get_traced_memory()[1]
+
+    monkeypatch.setattr(OpenAIChat, "_call", call)
+    tracemalloc.start()
+    try:
+        asyncio.run(count(300))
+        few, many = asyncio.run(count(500)), asyncio.run(count(5000))
+    finally:
+        tracemalloc.stop()
+    assert many < few + 100_000  # bytes; 4,500 replies are over a million
 
 
 def test_unknown_model_and_empty_account_end_the_run() -> None:
@@ -310,6 +462,10 @@ def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
         OpenAIChat("m", concurrency=0)
     with pytest.raises(ConfigError, match="http://"):
         OpenAIChat("m", base_url="localhost:8000/v1")
+    with pytest.raises(ConfigError, match="http://"):
+        OpenAIChat("m", base_url=["http://a.example/v1", "http://[::1/v1"])
+    with pytest.raises(ConfigError, match="per minute"):
+        OpenAIChat("m", requests_per_minute=0)
     with pytest.raises(ConfigError, match="OPENAI_API_KEY") as caught:
         OpenAIChat("m", api_key="sk-“quoted”")
     assert "quoted" not in str(caught.value)

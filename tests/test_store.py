@@ -1,9 +1,8 @@
-"""Nothing that was written is lost or half there: atomic files, the cache under kill -9, full and read-only disks."""
+"""Nothing that was written is lost or half there: atomic files under kill -9, full and read-only disks."""
 
 import gzip
 import json
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from critrm.critique_cache import CritiqueCache
 from critrm.errors import DataError, StorageError
 from critrm.store import (
     content_hash,
@@ -288,7 +286,7 @@ def test_a_path_that_cannot_be_written_is_a_storage_error_that_names_it(tmp_path
     # A parent that is a file refuses everybody; permissions would not stop root.
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "a.jsonl"
-    for write in (lambda: write_text(path, "x"), lambda: write_records(path, [{}]), lambda: CritiqueCache(path)):
+    for write in (lambda: write_text(path, "x"), lambda: write_records(path, [{}])):
         with pytest.raises(StorageError, match=r"file/a\.jsonl: cannot write"):
             write()
 
@@ -316,117 +314,6 @@ def test_a_full_disk_during_a_write_keeps_the_old_file(tmp_path):
     assert (done.returncode, "a.txt: cannot write" in done.stderr) == (1, True)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
-
-
-# The critique cache
-
-ANSWER = Critique(key="k", pair_id="p", side="chosen", text="Good.\x00\u2028😀", critic="c", prompt_version="v")
-FAILURE = replace(ANSWER, text="", failure="timeout")
-
-
-def test_an_answer_is_found_again_also_by_the_next_process(tmp_path):
-    path = tmp_path / "folder" / "cache.sqlite"
-    with CritiqueCache(path) as cache:
-        assert cache.get("k") is None
-        cache.put(ANSWER)
-        assert (cache.get("k"), cache.get("other"), len(cache)) == (ANSWER, None, 1)
-    with CritiqueCache(path) as cache:
-        assert (cache.get("k"), len(cache)) == (ANSWER, 1)
-
-
-def test_a_failure_never_replaces_an_answer_and_an_answer_replaces_a_failure(tmp_path):
-    with CritiqueCache(tmp_path / "cache") as cache:
-        cache.put(FAILURE)
-        assert cache.get("k") == FAILURE
-        cache.put(ANSWER)
-        cache.put(FAILURE)
-        assert cache.get("k") == ANSWER
-        newer = replace(ANSWER, text="Better.")
-        cache.put(newer)
-        assert (cache.get("k"), len(cache)) == (newer, 1)
-
-
-@given(CRITIQUE)
-@settings(max_examples=40, deadline=None)
-def test_any_critique_survives_the_cache(tmp_path_factory, critique):
-    key = critique.key.encode("utf-8", "replace").decode()  # keys are hashes
-    critique = replace(critique, key=key)
-    path = tmp_path_factory.getbasetemp() / "any-critique"
-    path.unlink(missing_ok=True)
-    with CritiqueCache(path) as cache:
-        cache.put(critique)
-        assert cache.get(key) == critique
-
-
-WRITER = """
-import sys
-from critrm.critique_cache import CritiqueCache
-from critrm.types import Critique
-name, n = sys.argv[2], int(sys.argv[3])
-with CritiqueCache(sys.argv[1]) as cache:
-    for i in range(n):
-        text = "x" * 300
-        cache.put(Critique(key=f"{name}-{i}", pair_id="p", side="chosen", text=text, critic=name, prompt_version=""))
-        print(i, flush=True)
-"""
-
-
-def _writer(path: Path, name: str, n: int) -> list[str]:
-    return [sys.executable, "-c", WRITER, str(path), name, str(n)]
-
-
-def test_two_processes_fill_one_new_cache_at_once(tmp_path):
-    path = tmp_path / "cache"
-    both = [subprocess.Popen(_writer(path, name, 150), stdout=subprocess.DEVNULL) for name in ("a", "b")]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-    with CritiqueCache(path) as cache:
-        assert len(cache) == 300
-        assert all(cache.get(f"{name}-{i}") for name in ("a", "b") for i in range(150))
-
-
-def test_kill_9_loses_no_answer_that_was_reported_as_stored(tmp_path):
-    path, log = tmp_path / "cache", tmp_path / "log"
-    for round_number in range(2):
-        log.touch()
-        with open(log, "wb") as out, subprocess.Popen(_writer(path, f"r{round_number}", 10**6), stdout=out) as process:
-            deadline = time.monotonic() + 60
-            while log.read_bytes().count(b"\n") < 100:
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-        n_reported = log.read_bytes().count(b"\n")
-        with CritiqueCache(path) as cache:
-            stored = [cache.get(f"r{round_number}-{i}") for i in range(n_reported)]
-            assert n_reported >= 100
-            assert all(item is not None and item.text == "x" * 300 for item in stored)
-            assert cache.get("r0-0") is not None
-    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
-
-
-def test_a_file_that_is_no_cache_is_left_alone(tmp_path):
-    path = tmp_path / "cache"
-    path.write_text("some notes of the user's, longer than a header " * 20)
-    before = path.read_bytes()
-    with pytest.raises(StorageError, match="not a critique cache"):
-        CritiqueCache(path)
-    assert path.read_bytes() == before
-    with pytest.raises(StorageError):
-        CritiqueCache(tmp_path)
-
-
-def test_a_cache_that_is_full_says_so_and_keeps_what_it_has(tmp_path):
-    path = tmp_path / "cache"
-    with CritiqueCache(path) as cache:
-        cache.put(ANSWER)
-        pages = cache._db.execute("PRAGMA page_count").fetchone()[0]
-        cache._db.execute(f"PRAGMA max_page_count = {pages + 2}")  # what a full disk does to SQLite
-        with pytest.raises(StorageError, match="cache: cannot write .*full"):
-            for i in range(100):
-                cache.put(replace(ANSWER, key=str(i), text="x" * 3000))
-        assert cache.get("k") == ANSWER
-    with CritiqueCache(path) as cache:
-        assert cache.get("k") == ANSWER
 
 
 # Markers, manifests, hashes
@@ -480,3 +367,16 @@ def test_content_hashes_tell_parts_apart(first, second):
     assert content_hash(first, second) != content_hash(first + second)
     assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
     assert len(content_hash(first)) == 32
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("--base-url https://me:hunter2@host:8000/v1?key=abc", "--base-url https://host:8000/v1"),
+        ("--base-url http://a/v1?k=1,http://x@b/v1 --out c.jsonl", "--base-url http://a/v1,http://b/v1 --out c.jsonl"),
+        ("pairs.jsonl --model m@1 --critic what?", "pairs.jsonl --model m@1 --critic what?"),
+    ],
+)
+def test_a_manifest_holds_no_credentials_of_a_url(tmp_path, monkeypatch, given, kept):
+    monkeypatch.setattr(sys, "argv", ["critrm", "critique", *given.split()])
+    assert write_manifest(tmp_path, config={}, started=0.0).command == f"critrm critique {kept}"

@@ -6,14 +6,13 @@ A call that fails is a `Reply` with its `failure` set: it never ends the run.
 """
 
 import asyncio
-import json
-import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
+from critrm.answers import connection_reason, error_message, fatal_reason, read_body, retry_after
+from critrm.endpoints import Access, Endpoint, Endpoints, Pace, delay_before_retry
 from critrm.errors import ConfigError, CriticError
 from critrm.types import Message
 
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
     import openai
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-URL_VARIABLE = "OPENAI_BASE_URL"
+MAX_RETRY_AFTER = 120.0
+"""Seconds; a server that asks for more (a daily quota, say) is not worth waiting for."""
 MAX_CONNECTION_FAILURES = 20
 """So many calls in a row without reaching the model mean that the endpoint is down."""
 
@@ -86,27 +86,36 @@ class ScriptedChat:
 
 
 class OpenAIChat:
-    """Any OpenAI-compatible endpoint: hosted, or served by vLLM, SGLang, TGI, llama.cpp, Ollama."""
+    """Any OpenAI-compatible endpoint, or several that serve the same model: OpenAI, vLLM, SGLang, llama.cpp, Ollama."""
 
     def __init__(
         self,
         model: str,
         *,
-        base_url: str | None = None,
+        base_url: str | Sequence[str] | None = None,
         api_key: str | None = None,
+        key_variable: str = KEY_VARIABLE,
         concurrency: int = 16,
         timeout: float = 60.0,
         max_retries: int = 4,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
     ) -> None:
         """Say where the model is; nothing is sent before `stream`.
 
         Args:
             model: the model's name at the endpoint.
-            base_url: the endpoint, usually ending in `/v1`; by default OPENAI_BASE_URL, else OpenAI.
-            api_key: by default OPENAI_API_KEY; a base URL needs none.
-            concurrency: how many calls may be under way at once.
+            base_url: the endpoint, usually ending in `/v1`; several (a sequence, or with commas between) share the
+                calls. By default OPENAI_BASE_URL, else OpenAI.
+            api_key: by default the environment's; a base URL needs none.
+            key_variable: the environment variable that holds the key.
+            concurrency: how many calls may be under way at once, over all endpoints.
             timeout: seconds to wait for an answer.
-            max_retries: how often a call is sent again after 408, 409, 429, 5xx or no connection, minding Retry-After.
+            max_retries: how often a call is sent again after 408, 409, 429, 5xx, a timeout or a lost connection,
+                minding Retry-After.
+            requests_per_minute: calls sent per minute at most, retries included.
+            tokens_per_minute: tokens per minute at most; a call counts a quarter of its characters plus `max_tokens`
+                until its usage is known.
 
         Raises:
             ConfigError: a setting cannot be used.
@@ -114,18 +123,12 @@ class OpenAIChat:
         """
         if concurrency < 1 or timeout <= 0 or max_retries < 0:
             raise ConfigError("concurrency must be at least 1, timeout above 0 and max_retries at least 0")
+        if not all(limit is None or limit > 0 for limit in (requests_per_minute, tokens_per_minute)):
+            raise ConfigError("requests and tokens per minute must be above 0")
         self.model = model
         self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
-        self.base_url = base_url or os.environ.get(URL_VARIABLE) or None
-        if self.base_url and urlsplit(self.base_url).scheme not in ("http", "https"):
-            raise ConfigError("the base URL must start with http:// or https://")
-        # A key pasted into a file often ends in a newline, which no HTTP header may hold.
-        key = (api_key or os.environ.get(KEY_VARIABLE) or "").strip()
-        if not key and not self.base_url:
-            raise CriticError(f"no API key: set {KEY_VARIABLE}, or name an endpoint that needs none (--base-url)")
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"the API key ({KEY_VARIABLE}) holds a character that cannot be sent: copy it again")
-        self._key = key or "none"
+        self._access = Access.find(base_url, api_key=api_key, variable=key_variable)
+        self._requests, self._tokens = Pace(requests_per_minute), Pace(tokens_per_minute)
 
     def __repr__(self) -> str:
         """The model and where it is; never the key."""
@@ -134,52 +137,56 @@ class OpenAIChat:
     @property
     def endpoint(self) -> str:
         """The endpoint for messages: without user names, passwords and queries, which may hold keys."""
-        if not self.base_url:
-            return "OpenAI"
-        parts = urlsplit(self.base_url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return self._access.names()
 
     async def stream(self, requests: Iterable[ChatRequest], sampling: Sampling) -> AsyncIterator[Reply]:
-        """Yield a reply to each request as they finish; requests are drawn one by one as calls end.
+        """Yield a reply to each request as they finish; a request is drawn when a reply has been taken.
+
+        So no more than `concurrency` requests are ever drawn whose reply the caller has not stored.
 
         Raises:
-            CriticError: the endpoint rejects the key or does not know the model, or it is down. Replies to calls that
-                could not reach it are then not yielded, so that the caller asks them again next time.
+            CriticError: an endpoint rejects the key or does not know the model, or all are down. Replies to calls that
+                could not reach one are then not yielded, so that the caller asks them again next time.
         """
-        import openai
-
-        waiting: set[asyncio.Task[_Answer]] = set()
+        endpoints = Endpoints(self._access)
+        under_way: set[asyncio.Task[_Answer]] = set()
+        finished: asyncio.Queue[asyncio.Task[_Answer]] = asyncio.Queue()
         unreachable: list[Reply] = []
         source = iter(requests)
-        async with openai.AsyncOpenAI(
-            api_key=self._key, base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries
-        ) as client:
-            try:
-                while True:
-                    while len(waiting) < self.concurrency and (request := next(source, None)):
-                        waiting.add(asyncio.create_task(self._ask(client, request, sampling)))
-                    if not waiting:
-                        break
-                    done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                    # What is answered is handed over before anything is raised: it has been paid for.
-                    for answer in sorted((task.result() for task in done), key=lambda answer: bool(answer.fatal)):
-                        if answer.fatal:
-                            raise CriticError(answer.fatal)
-                        if answer.reached:
-                            for reply in unreachable:
-                                yield reply
-                            unreachable.clear()
-                            yield answer.reply
-                            continue
-                        unreachable.append(answer.reply)
-                        if len(unreachable) >= MAX_CONNECTION_FAILURES:
-                            raise CriticError(self._down(answer.reply.failure))
-                for reply in unreachable:
-                    yield reply
-            finally:
-                for task in waiting:
-                    task.cancel()
-                await asyncio.gather(*waiting, return_exceptions=True)
+
+        def start() -> None:
+            if request := next(source, None):
+                task = asyncio.create_task(self._ask(endpoints, request, sampling))
+                task.add_done_callback(finished.put_nowait)
+                under_way.add(task)
+
+        try:
+            for _ in range(self.concurrency):
+                start()
+            while under_way:
+                tasks = [await finished.get()]
+                while not finished.empty():
+                    tasks.append(finished.get_nowait())
+                under_way.difference_update(tasks)
+                # What is answered is handed over before anything is raised: it has been paid for.
+                for answer in sorted((task.result() for task in tasks), key=lambda answer: bool(answer.fatal)):
+                    if answer.fatal:
+                        raise CriticError(answer.fatal)
+                    unreachable.append(answer.reply)
+                    if answer.reached:
+                        for reply in unreachable:
+                            yield reply
+                        unreachable.clear()
+                    elif len(unreachable) >= MAX_CONNECTION_FAILURES:
+                        raise CriticError(self._down(answer.reply.failure))
+                    start()
+            for reply in unreachable:
+                yield reply
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+            await endpoints.close()
 
     def _down(self, reason: str) -> str:
         return (
@@ -187,52 +194,82 @@ class OpenAIChat:
             "Every answer so far is stored: check the endpoint and run the same command again."
         )
 
-    async def _ask(self, client: "openai.AsyncOpenAI", request: ChatRequest, sampling: Sampling) -> "_Answer":
+    async def _ask(self, endpoints: Endpoints, request: ChatRequest, sampling: Sampling) -> "_Answer":
+        """Call until there is an answer or a reason to stop; a call that found nobody goes to another endpoint."""
+        n_retries, n_answered = 0, endpoints.n_answered()
+        missed: set[Endpoint] = set()
+        n_tokens = sum(len(message.content) for message in request.messages) / 4 + sampling.max_tokens
+        while True:
+            await self._requests.take(1)
+            await self._tokens.take(n_tokens)
+            endpoint = endpoints.choose(missed)
+            await endpoint.wait_out_pause()
+            answer = await self._call(endpoint, request, sampling)
+            if used := answer.reply.n_prompt_tokens + answer.reply.n_completion_tokens:
+                self._tokens.correct(used - n_tokens)
+            if not answer.retry:
+                return answer
+            if answer.lost:
+                missed.add(endpoint)
+                if endpoints.up(missed):
+                    continue
+                missed.clear()
+            # Refused for its rate while others were answered: it will have its turn.
+            n_before, n_answered = n_answered, endpoints.n_answered()
+            its_turn_comes = answer.busy and n_answered > n_before and self.max_retries > 0
+            if n_retries >= self.max_retries and not its_turn_comes:
+                return answer
+            if answer.retry_after:
+                endpoint.pause(answer.retry_after)
+            else:
+                await asyncio.sleep(delay_before_retry(n_retries))
+            n_retries += not its_turn_comes
+
+    async def _call(self, endpoint: Endpoint, request: ChatRequest, sampling: Sampling) -> "_Answer":
         import openai
 
+        body = request_body(self.model, request, sampling, is_openai=endpoint.is_openai)
         start = time.perf_counter()
-        # OpenAI's newer models know only the new name, most servers only the old one.
-        hosted = not self.base_url or urlsplit(self.base_url).hostname == "api.openai.com"
-        limit = "max_completion_tokens" if hosted else "max_tokens"
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [{"role": message.role, "content": message.content} for message in request.messages],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
-            limit: sampling.max_tokens,
-        }
         try:
-            # The raw response, since the client's own parsing lets HTML and missing fields through.
-            response = await client.chat.completions.with_raw_response.create(**body)
-            facts = _read_body(response.text)
-            return _Answer(Reply(id=request.id, seconds=time.perf_counter() - start, **facts))
+            with endpoint.client() as client:
+                async with asyncio.timeout(self.timeout):
+                    # As text, since the client's own parsing takes time and lets HTML and missing fields through.
+                    text = await client.post("/chat/completions", cast_to=str, body=body)
         except openai.APIStatusError as error:
-            return self._refused(request, error)
-        except openai.APIConnectionError as error:
-            return _Answer(Reply(id=request.id, failure=_connection_reason(error)), reached=False)
+            return self._refused(request, error, endpoint)
+        except (TimeoutError, openai.APIConnectionError) as error:
+            endpoint.failed()
+            failure, reached = connection_reason(error)
+            reply = Reply(id=request.id, failure=self._access.words(failure))
+            return _Answer(reply, reached=reached, retry=True, lost=True)
         except UnicodeEncodeError:
             return _Answer(Reply(id=request.id, failure="the text holds a lone surrogate and cannot be sent"))
+        endpoint.answered()
+        seconds = time.perf_counter() - start
+        return _Answer(Reply(id=request.id, seconds=seconds, **read_body(text, self._access.words)))
 
-    def _refused(self, request: ChatRequest, error: "openai.APIStatusError") -> "_Answer":
+    def _refused(self, request: ChatRequest, error: "openai.APIStatusError", endpoint: Endpoint) -> "_Answer":
         status = error.status_code
-        detail = _short(_error_message(error.body)).replace(self._key, "***")
-        reply = Reply(id=request.id, failure=f"http {status}" + (f": {detail}" if detail else ""))
-        # A router answers 403 for one text that its moderation flagged; that says nothing about the key.
-        if status in (401, 403) and "flagged" not in str(error.body):
-            return _Answer(
-                reply, fatal=f"{self.endpoint} rejects the API key (http {status}): set {KEY_VARIABLE} to a valid one"
-            )
-        if status == 404:
-            return _Answer(
-                reply,
-                fatal=f"{self.endpoint} does not know the model {self.model!r} (http 404): "
-                "check --model, and --base-url, which usually ends in /v1",
-            )
-        if status == 402 or error.code == "insufficient_quota":
-            return _Answer(reply, fatal=f"{self.endpoint} says that the account has no credit left (http {status})")
+        if fatal := fatal_reason(error, model=self.model, access=self._access):
+            return _Answer(Reply(id=request.id), fatal=fatal)
+        wait = retry_after(error)
         # A gateway whose model server is gone.
-        return _Answer(reply, reached=status not in (502, 503, 504))
+        gone = status in (502, 503, 504)
+        if gone:
+            endpoint.failed()
+        failure = f"http {status}" + (f": {detail}" if (detail := error_message(error.body)) else "")
+        if wait > MAX_RETRY_AFTER:
+            failure = f"http {status} (come back in {wait:.0f} seconds)"
+        verdict = error.response.headers.get("x-should-retry")
+        retry = verdict == "true" or (verdict != "false" and (status in (408, 409, 429) or status >= 500))
+        return _Answer(
+            Reply(id=request.id, failure=self._access.words(failure)),
+            reached=not gone,
+            retry=retry and wait <= MAX_RETRY_AFTER,
+            retry_after=wait,
+            lost=gone,
+            busy=status == 429,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,67 +281,24 @@ class _Answer:
     """Whether the model was reached at all."""
     fatal: str = ""
     """Why no other call can succeed either."""
+    retry: bool = False
+    """Whether the same call may succeed later."""
+    retry_after: float = 0.0
+    """Seconds until then, where the server says so."""
+    lost: bool = False
+    """Whether another endpoint may do better."""
+    busy: bool = False
+    """Whether only the rate of calls was too high."""
 
 
-def _read_body(text: str) -> dict[str, Any]:
-    """The facts of a Reply in the body of an HTTP 200."""
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        return {"failure": "HTML instead of JSON" if text.lstrip().startswith("<") else "invalid JSON"}
-    try:
-        choice = body["choices"][0]
-        content = choice["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        detail = _short(_error_message(body))
-        return {"failure": "no choices" + (f": {detail}" if detail else "")}
-    finish_reason = str(choice.get("finish_reason") or "")
-    usage = body.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    facts: dict[str, Any] = {
-        "finish_reason": finish_reason,
-        "n_prompt_tokens": _count(usage.get("prompt_tokens")),
-        "n_completion_tokens": _count(usage.get("completion_tokens")),
+def request_body(model: str, request: ChatRequest, sampling: Sampling, *, is_openai: bool) -> dict[str, Any]:
+    """The body of `POST /chat/completions`."""
+    return {
+        "model": model,
+        "messages": [{"role": message.role, "content": message.content} for message in request.messages],
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        # OpenAI's newer models know only the new name, most servers only the old one.
+        "max_completion_tokens" if is_openai else "max_tokens": sampling.max_tokens,
     }
-    if finish_reason == "content_filter":
-        return facts | {"failure": "content_filter"}
-    if not isinstance(content, str) or not content.strip():
-        used_up = finish_reason == "length"
-        return facts | {"failure": "empty reply" + (": max_tokens ran out before any text" if used_up else "")}
-    # JSON can spell half a character (a lone surrogate), which no file can hold.
-    return facts | {"text": content.encode("utf-8", "replace").decode("utf-8")}
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) else 0
-
-
-def _error_message(body: object) -> str:
-    """The server's own words in an error body: `{"error": {"message": ...}}` and its variants."""
-    if isinstance(body, dict):
-        return _error_message(next((body[name] for name in ("error", "message", "detail") if name in body), ""))
-    text = body if isinstance(body, str) else ""
-    return "" if text.lstrip().startswith("<") else text
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
-    return text if len(text) <= 120 else text[:119] + "…"
-
-
-def _connection_reason(error: BaseException) -> str:
-    """Why an endpoint was not reached, in a few words."""
-    import openai
-
-    if isinstance(error, openai.APITimeoutError):
-        return "timeout"
-    cause: BaseException | None = error
-    words = ""
-    while cause is not None:
-        # Both addresses of `localhost` are tried, and their errors come in a group.
-        inner = cause.exceptions if isinstance(cause, BaseExceptionGroup) else (cause,)
-        if any(isinstance(item, ConnectionRefusedError) for item in inner):
-            return "connection refused"
-        words = str(cause) or words
-        cause = cause.__cause__ or cause.__context__
-    return _short(f"connection failed: {words}")

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sqlite3
 import sys
 import time
@@ -275,7 +276,7 @@ def write_manifest(
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     manifest = RunManifest(
-        command=" ".join(["critrm", *sys.argv[1:]]),
+        command=_without_secrets(" ".join(["critrm", *sys.argv[1:]])),
         config=dict(config),
         versions=versions,
         seeds=tuple(seeds),
@@ -287,3 +288,8 @@ def write_manifest(
     )
     write_text(Path(folder) / name, json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n")
     return manifest
+
+
+def _without_secrets(command: str) -> str:
+    """A command without what may be keys: the user names, passwords and queries of URLs."""
+    return re.sub(r"(https?://)(?:[^\s/,@]*@)?([^\s,?]*)(?:\?[^\s,]*)?", r"\1\2", command)
