@@ -12,7 +12,8 @@ import pytest
 from critrm import cli
 from critrm.errors import CritrmError, DataError
 
-TARGETS = [target for target, _ in (*cli.VERBS.values(), *cli.MODEL_VERBS.values())]
+GROUPS = {"models": cli.MODEL_VERBS, "cache": cli.CACHE_VERBS}
+TARGETS = [target for verbs in (cli.VERBS, *GROUPS.values()) for target, _ in verbs.values()]
 
 
 def run(monkeypatch, *argv, raises=None):
@@ -55,7 +56,7 @@ def test_target_exists_in_its_stage(target):
     assert callable(getattr(importlib.import_module(module), function))
 
 
-@pytest.mark.parametrize("verb", [*cli.VERBS, *(f"models {verb}" for verb in cli.MODEL_VERBS)])
+@pytest.mark.parametrize("verb", [*cli.VERBS, *(f"{group} {verb}" for group in GROUPS for verb in GROUPS[group])])
 def test_every_verb_has_help(verb, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
     assert run(monkeypatch, *verb.split(), "--help") == 0
@@ -100,7 +101,7 @@ def test_missing_extra_says_what_to_install(monkeypatch, capsys):
 def test_unknown_verb_is_named_even_where_extras_are_missing(monkeypatch, capsys):
     monkeypatch.setattr(cli, "app", _raising(ImportError("No module named 'torch'")))
     assert run(monkeypatch, "critiqe") == 2
-    assert capsys.readouterr().err.startswith("Unknown command 'critiqe'. There are: preferences, critique,")
+    assert capsys.readouterr().err.startswith("Unknown command 'critiqe'. There are: preferences, critics, critique,")
 
 
 def test_other_import_errors_and_defects_keep_their_traceback(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from critrm.config import CriticConfig, Recipe, TrainConfig, data_path, load_recipe
+from critrm.config import CriticConfig, Recipe, TrainConfig, data_path, load_recipe, validated
 from critrm.errors import ConfigError
 
 RECIPE = """
@@ -35,6 +35,8 @@ def test_the_bundled_recipes_are_valid(name):
         (RECIPE.replace("backbone: x", "backbone: x, batch_size: 0"), "train.batch_size"),
         (RECIPE.replace("backbone: x", "backbone: x, learning_rates: [1.0e-5, 2.0e-5]"), "n_held_out"),
         (RECIPE.replace("name: mine", "name: ../up"), "name"),
+        (RECIPE + "critique: {max_cost: -1}\n", "critique.max_cost"),
+        (RECIPE + "critique: {critics: {x: {modle: m}}}\n", "critique.critics.x.modle"),
         ("a: [", "not YAML"),
         ("", "recipe"),
     ],
@@ -52,11 +54,37 @@ def test_a_missing_recipe_says_so(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
-def test_a_critic_is_a_model_or_a_file():
-    with pytest.raises(ValidationError, match="either a model"):
-        CriticConfig()
-    with pytest.raises(ValidationError, match="either a model"):
-        CriticConfig(model="m", file="f")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": "m", "file": "f"},
+        {"model": "m", "self_critique": True},
+        {"price_in": 1.0},
+        {"samples": 0},
+        {"temperature": float("nan")},
+        {"key_variable": "sk-this-is-the-key-itself"},
+        {"requests_per_minute": 0},
+    ],
+)
+def test_a_critic_that_cannot_be(wrong):
+    with pytest.raises(ConfigError) as caught:
+        validated(CriticConfig, wrong, where="critic x", what="settings")
+    assert str(caught.value).startswith("critic x: ")
+    assert "itself" not in str(caught.value)
+
+
+def test_a_critic_may_be_empty_or_have_several_endpoints():
+    assert CriticConfig().model == ""
+    critic = CriticConfig(model="m", base_url=["http://a/v1", "http://b/v1"])
+    assert critic.base_url == ("http://a/v1", "http://b/v1")
+    assert not critic.in_process
+    assert CriticConfig(model="local:x").in_process
+
+
+def test_what_goes_into_manifests_holds_no_credentials():
+    critic = CriticConfig(model="m", base_url="http://me:hunter2@host:1/v1?token=hunter3,https://b/v1")
+    assert critic.model_dump()["base_url"] == ["http://host:1/v1", "https://b/v1"]
+    assert CriticConfig(model="m").model_dump()["base_url"] is None
 
 
 def test_paths_expand_variables_and_bundled_files(monkeypatch, tmp_path):

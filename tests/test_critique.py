@@ -1,6 +1,8 @@
 """Stage 1: what the critic is shown, and that nothing is paid for twice."""
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from critrm.critique import command, critique_pairs, open_chat
+from critrm.budget import Ledger, Price, Purse
+from critrm.calls import estimate_critiques
+from critrm.config import CriticConfig
+from critrm.critics import command as critics_command
+from critrm.critique import command, critique_pairs
 from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.errors import ConfigError, CriticError, StorageError
@@ -241,6 +247,114 @@ def test_a_full_disk_ends_the_run_and_the_calls_under_way(
     assert len(server.bodies) < 40
 
 
+def test_samples_are_drawn_apart_and_more_of_them_ask_only_for_the_new_ones(cache: CritiqueCache) -> None:
+    class Seeded(ScriptedChat):
+        async def stream(self, requests: Any, sampling: Sampling) -> Any:
+            async for reply in super().stream(requests, sampling):
+                yield replace(reply, text=f"{reply.text} ({sampling.seed})")
+
+    pairs, options = make_pairs(3), {"sampling": Sampling(temperature=0.7, seed=5)}
+    chat = Seeded(echo)
+    two = critiques_of(pairs, chat, cache, samples=2, **options)
+    assert [(row.pair_id, row.sample, row.side) for row in two] == [
+        (pair.id, sample, side) for pair in pairs for sample in range(2) for side in ("chosen", "rejected")
+    ]
+    assert [row.text for row in two[:4]] == [f"On: {x} answer 0. ({y})" for y in (5, 6) for x in ("Alpha", "Beta")]
+    assert len({row.key for row in two}) == 12
+    four = critiques_of(pairs, chat, cache, samples=4, **options)
+    assert len(chat.calls) == 24 and len(four) == 24
+    assert [row for row in four if row.sample < 2] == two
+    # Sample 1 of seed 5 is sample 0 of seed 6.
+    later = critiques_of(pairs, chat, cache, samples=1, sampling=Sampling(temperature=0.7, seed=6))
+    assert len(chat.calls) == 24 and {row.sample for row in later} == {0}
+
+
+def test_samples_of_the_greedy_reply_are_refused(cache: CritiqueCache) -> None:
+    with pytest.raises(ConfigError, match="3 times the same one"):
+        critiques_of(make_pairs(1), ScriptedChat(echo), cache, samples=3)
+
+
+def test_a_call_costs_its_tokens_once(cache: CritiqueCache) -> None:
+    (pair,) = make_pairs(1)
+    twins = [pair, replace(pair, id="twin")]
+
+    def answer(request: ChatRequest) -> Reply:
+        return Reply(id=request.id, text="Good.", n_prompt_tokens=1000, n_completion_tokens=100)
+
+    ledger, price = Ledger(), Price(10.0, 30.0)
+    rows = critiques_of(twins, ScriptedChat(answer), cache, price=price, ledger=ledger)
+    assert [row.cost for row in rows] == pytest.approx([0.013] * 4)
+    assert (ledger.n_calls, ledger.cost) == (2, pytest.approx(0.026))
+    again = Ledger()
+    assert critiques_of(twins, ScriptedChat(answer), cache, price=price, ledger=again) == rows
+    assert (again.n_calls, again.n_cached, again.cost, again.cost_cached) == (0, 2, 0.0, pytest.approx(0.026))
+
+
+def test_an_endpoint_that_reports_no_usage_is_not_free(cache: CritiqueCache) -> None:
+    rows = critiques_of(make_pairs(1), ScriptedChat(lambda _: "x" * 400), cache, price=Price(10.0, 30.0))
+    assert all(row.cost > 100 * 30 / 1e6 and row.n_completion_tokens == 0 for row in rows)
+
+
+class _Wide(ScriptedChat):
+    """Draws several requests before it answers, as served models do."""
+
+    width = 5
+
+    async def stream(self, requests: Any, sampling: Sampling) -> Any:
+        source = iter(requests)
+        while drawn := list(itertools.islice(source, self.width)):
+            async for reply in super().stream(drawn, sampling):
+                yield reply
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    limit=st.floats(0, 0.05),
+    width=st.integers(1, 9),
+    usage=st.lists(st.tuples(st.integers(0, 90), st.integers(0, 100), st.booleans()), min_size=1, max_size=9),
+)
+def test_no_run_spends_more_than_its_limit(limit: float, width: int, usage: list[tuple[int, int, bool]]) -> None:
+    spent: list[float] = []
+    price = Price(10.0, 30.0)
+
+    def answer(request: ChatRequest) -> Reply:
+        n_read, n_written, late = usage[len(spent) % len(usage)]
+        spent.append(price.cost(n_read, n_written))
+        if late:
+            return Reply(id=request.id, failure="timeout")
+        return Reply(id=request.id, text="x", n_prompt_tokens=n_read, n_completion_tokens=n_written)
+
+    chat, pairs, options = _Wide(answer), make_pairs(6), {"sampling": Sampling(max_tokens=100), "price": price}
+    chat.width = width
+    with tempfile.TemporaryDirectory() as folder, CritiqueCache(Path(folder) / "c.sqlite") as cache:
+        with contextlib.suppress(CriticError):
+            critiques_of(pairs, chat, cache, purse=Purse(limit), **options)
+        assert sum(spent) <= limit + 1e-6
+        assert len(cache) == len(spent)
+        critiques_of(pairs, chat, cache, purse=Purse(1e9), **options)
+    assert len(spent) == 12
+
+
+def test_a_run_ends_below_what_its_estimate_says_at_most(cache: CritiqueCache) -> None:
+    config = CriticConfig(model="scripted", price_in=10, price_out=30, max_tokens=50, samples=2, temperature=1)
+    chat = ScriptedChat(lambda request: Reply(id=request.id, text="x", n_prompt_tokens=400, n_completion_tokens=50))
+    found = estimate_critiques(make_pairs(4), config, critic="scripted", cache=cache)
+    assert found.n_calls == 16 and found.cost and found.most_cost and found.cost < found.most_cost
+    purse = Purse(found.most_cost)
+    options = {"sampling": Sampling(max_tokens=50, temperature=1), "samples": 2, "price": Price(10, 30)}
+    assert len(critiques_of(make_pairs(4), chat, cache, purse=purse, **options)) == 16
+    assert purse.spent <= found.most_cost
+    other = estimate_critiques(
+        [replace(p, chosen=p.chosen + "!") for p in make_pairs(1)], config, critic="scripted", cache=cache
+    )
+    assert (other.n_calls, other.n_cached) == (2, 2)
+
+
+def test_a_limit_needs_a_price(cache: CritiqueCache) -> None:
+    with pytest.raises(ConfigError, match="no known price"):
+        critiques_of(make_pairs(1), ScriptedChat(echo), cache, purse=Purse(1.0))
+
+
 def test_can_be_called_beside_a_running_event_loop(cache: CritiqueCache) -> None:
     async def notebook() -> list[Critique]:
         return await asyncio.to_thread(critiques_of, make_pairs(1), ScriptedChat(echo), cache)
@@ -251,9 +365,9 @@ def test_can_be_called_beside_a_running_event_loop(cache: CritiqueCache) -> None
 @pytest.fixture
 def pairs_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CRITRM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("critrm.endpoints.FIRST_DELAY", 0.01)
     write_records(tmp_path / "pairs.jsonl", make_pairs(6))
     return tmp_path / "pairs.jsonl"
 
@@ -297,15 +411,130 @@ def test_command_fails_if_nothing_was_answered(pairs_file: Path) -> None:
     assert not any(r.failure for r in read_critiques(out))
 
 
-def test_open_chat_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_takes_a_named_critic_with_its_price(pairs_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = pairs_file.parent / "c.jsonl"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-named")
+    with serving(lambda _: completion("Fine.")) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        command(str(pairs_file), critic="gpt-4-turbo", max_tokens=99, out=out, limit=2)
+    body, headers = server.bodies[0], server.headers[0]
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("gpt-4-0125-preview", 99, 0.0)
+    assert headers["authorization"] == "Bearer sk-named"
+    rows = read_critiques(out)
+    assert {row.critic for row in rows} == {"gpt-4-turbo"}
+    assert [row.cost for row in rows] == pytest.approx([(11 * 10 + 7 * 30) / 1e6] * 4)
+    manifest = json.loads((out.parent / "c.jsonl.manifest.json").read_text())
+    assert manifest["cost"] == pytest.approx(4 * 320 / 1e6)
+    ledger = manifest["config"]["ledger"]
+    assert (ledger["calls"], ledger["cached"], ledger["tokens_in"], ledger["tokens_out"]) == (4, 0, 44, 28)
+    assert manifest["config"]["model"] == "gpt-4-0125-preview"
+
+
+def test_command_without_a_critic_says_how_to_name_one(pairs_file: Path) -> None:
+    out = pairs_file.parent / "c.jsonl"
+    with pytest.raises(ConfigError, match="--critic .*--model or --self-critique"):
+        command(str(pairs_file), out=out)
+    with pytest.raises(ConfigError, match="no critic is called 'gtp-4'"):
+        command(str(pairs_file), critic="gtp-4", out=out)
+    with pytest.raises(ConfigError, match="top_p"):
+        command(str(pairs_file), model="m", base_url="http://host/v1", top_p=7.0, out=out)
+    with pytest.raises(ConfigError, match=r"no known price.*--price-in"):
+        command(str(pairs_file), model="m", base_url="http://host/v1", max_cost=1.0, out=out)
+    with pytest.raises(ConfigError, match="--max-cost"):
+        command(str(pairs_file), model="m", base_url="http://host/v1", max_cost=float("nan"), out=out)
+
+
+def test_a_dry_run_needs_no_key_and_calls_nobody(
+    pairs_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(ConfigError, match="in this process") as caught:
-        open_chat("embedded:SmolLM2-135M-Instruct", base_url="http://me:hunter2@host/v1")
-    assert "hunter2" not in str(caught.value)
-    with pytest.raises(CriticError, match="OPENAI_API_KEY"):
-        open_chat("gpt-4")
-    assert open_chat("m", base_url="http://host/v1").model == "m"
+    monkeypatch.setenv("COLUMNS", "140")
+    out = pairs_file.parent / "c.jsonl"
+    with serving(lambda _: completion("Fine.")) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        command(str(pairs_file), critic="gpt-4-turbo", out=out, dry_run=True, max_cost=5.0)
+        assert server.bodies == []
+        shown = capsys.readouterr().out
+        line = next(line for line in shown.splitlines() if line.startswith("gpt-4-turbo ")).split()
+        assert line[1:3] == ["12", "0"] and line[4] == line[5] == f"{12 * 256:,}"
+        assert "4 characters a token" in shown and "max_tokens" in shown and "$5.00" in shown
+        command(str(pairs_file), critic="gpt-4-turbo", out=out, limit=3)
+        capsys.readouterr()
+        command(str(pairs_file), critic="gpt-4-turbo", out=out, dry_run=True)
+        assert len(server.bodies) == 6
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("gpt-4-turbo ")).split()
+    assert line[1:6] == ["6", "6", str(6 * 11), str(6 * 7), f"{6 * 256:,}"]
+    assert "the answers cached so far" in shown
+    assert not out.with_name("d.jsonl").exists()
+
+
+def test_max_cost_stops_the_command_and_a_higher_one_goes_on(pairs_file: Path) -> None:
+    out = pairs_file.parent / "c.jsonl"
+    with serving(lambda _: completion("Fine.")) as server:
+        flags: dict[str, Any] = {"base_url": server.url, "price_in": 1000.0, "price_out": 1000.0, "max_tokens": 7}
+        with CritiqueCache(default_cache_path()) as empty:
+            most = estimate_critiques(
+                make_pairs(6), CriticConfig(model="m", **flags), critic="m", cache=empty
+            ).most_cost
+        assert most
+        # A call costs 11 + 7 tokens, $0.018, and may cost far more: five are paid, a sixth still has room.
+        limit = most / 12 + 5.5 * 0.018
+        for _ in range(2):
+            with pytest.raises(CriticError, match=r"\$0\.1080 spent.*6 calls are not made yet.*--max-cost"):
+                command(str(pairs_file), model="m", out=out, max_cost=limit, **flags)
+            assert len(server.bodies) == 6 and not out.exists()
+        command(str(pairs_file), model="m", out=out, max_cost=limit + 1, **flags)
+        assert len(server.bodies) == 12
+    assert len(read_critiques(out)) == 12
+    ledger = json.loads((out.parent / "c.jsonl.manifest.json").read_text())["config"]["ledger"]
+    assert (ledger["calls"], ledger["cached"]) == (6, 6)
+    assert ledger["cost"] == ledger["cost_cached"] == pytest.approx(6 * 0.018)
+
+
+def test_command_draws_samples_from_the_backbone_itself(pairs_file: Path, tiny_model: Path) -> None:
+    out = pairs_file.parent / "c.jsonl"
+    flags: dict[str, Any] = {"temperature": 0.7, "max_tokens": 4, "limit": 1, "max_cost": 0.0}
+    command(str(pairs_file), self_critique=str(tiny_model), critic="self", samples=2, out=out, **flags)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    places = [(row["sample"], row["side"]) for row in rows]
+    assert places == [(0, "chosen"), (0, "rejected"), (1, "chosen"), (1, "rejected")]
+    assert {row["critic"] for row in rows} == {"self"}
+    manifest = json.loads((out.parent / "c.jsonl.manifest.json").read_text())
+    assert manifest["seeds"] == [0, 1] and manifest["config"]["model"] == f"local:{tiny_model}"
+
+
+def test_the_key_is_written_nowhere(
+    pairs_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    key, out = "sk-do-not-show-5c1a", pairs_file.parent / "c.jsonl"
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("CO_API_KEY", key)
+    said = []
+
+    def answer(_: dict[str, Any]) -> Answer:
+        # A server that echoes the key.
+        n = len(server.bodies)
+        error = json.dumps({"error": {"message": f"the key {key} is slow today"}})
+        return Answer(status=400, body=error) if n % 3 == 0 else completion("Fine.")
+
+    with serving(answer) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        command(str(pairs_file), critic="gpt-4-turbo", out=out)
+        command(str(pairs_file), critic="gpt-4-turbo", out=out, dry_run=True)
+        with pytest.raises(CriticError) as stopped:
+            command(str(pairs_file), critic="gpt-4-turbo", out=out, seed=1, max_cost=0.0)
+        said.append(str(stopped.value))
+    refusal = Answer(status=401, body=json.dumps({"error": {"message": f"wrong key {key}"}}))
+    with serving(lambda _: refusal) as server, pytest.raises(CriticError) as refused:
+        command(str(pairs_file), critic="command-r", base_url=server.url, key_variable="CO_API_KEY", out=out)
+    assert server.headers[0]["authorization"] == f"Bearer {key}"
+    critics_command()
+    said += [str(refused.value), repr(refused.value.__cause__), *capsys.readouterr(), caplog.text]
+    assert not any(key in text for text in said)
+    files = [path for path in pairs_file.parent.rglob("*") if path.is_file()]
+    assert len(files) >= 4 and not any(key.encode() in path.read_bytes() for path in files)
 
 
 def test_kill_9_then_the_same_command(pairs_file: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from critrm.config import Recipe, load_recipe
-from critrm.errors import DataError
+from critrm.errors import ConfigError, CriticError, DataError
 from critrm.pipeline import command, run_recipe
 from critrm.types import NO_CRITIC
+from scripted_server import completion, serving
 
 
 def _recipe(tiny_model, **train) -> dict:
@@ -110,6 +111,64 @@ def test_the_command_prints_the_table(tiny_model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Strict accuracy by test set" in out
     assert "frontier-llm" in out
+
+
+def test_named_critics_the_backbone_itself_and_a_limit_over_all(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-never-written")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    recipe = _recipe(tiny_model)
+    for source in (recipe["preferences"]["train"], recipe["preferences"]["test"]["mini"]):
+        source["limit"] = 8
+    recipe["critique"] = {
+        "critics": {"gpt-4-turbo": {"max_tokens": 9}, "self": {"self_critique": True, "max_tokens": 4}},
+        "max_cost": 1e-6,
+    }
+    with serving(lambda _: completion("Fine.")) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        with pytest.raises(CriticError, match="32 calls are not made yet"):
+            run_recipe(Recipe.model_validate(recipe), out=tmp_path / "run")
+        assert server.bodies == []
+        recipe["critique"]["max_cost"] = 50.0
+        results = run_recipe(Recipe.model_validate(recipe), out=tmp_path / "run")
+        assert len(server.bodies) == 32
+    assert results["cost"] == {"gpt-4-turbo": pytest.approx(32 * 320e-6), "self": 0.0}
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["cost"] == pytest.approx(32 * 320e-6)
+    assert manifest["config"]["ledger"]["gpt-4-turbo"]["calls"] == 32
+    assert manifest["config"]["ledger"]["self"]["tokens_out"] > 0
+    # What one critic has cost counts before another one spends.
+    recipe["critique"] = {
+        "critics": {"other": {"model": "m", "price_in": 1, "price_out": 1}, "gpt-4-turbo": {"max_tokens": 9}},
+        "max_cost": 32 * 320e-6,
+    }
+    with pytest.raises(CriticError, match=r"\$0\.0102 spent, \$0\.0102 of it in earlier runs"):
+        run_recipe(Recipe.model_validate(recipe), out=tmp_path / "run")
+    assert not any(b"sk-never" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_dry_run_lists_all_critics_and_leaves_no_run_folder(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("CO_API_KEY", raising=False)
+    monkeypatch.setenv("COLUMNS", "160")
+    recipe = _recipe(tiny_model)
+    recipe["critique"]["critics"] |= {"command-r": {}, "self": {"self_critique": True, "samples": 2, "temperature": 1}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command(str(tmp_path / "recipe.yaml"), out=tmp_path / "run", dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    calls = {
+        line.split()[0]: line.split()[1] for line in lines if line.startswith(("tiny ", "command-r ", "self ", "all "))
+    }
+    assert calls == {"tiny": "88", "command-r": "88", "self": "176", "all": "352"}
+    assert any("tiny: in by the model's own tokenizer" in line for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_critic_stops_a_recipe_before_anything_is_done(tiny_model, tmp_path):
+    recipe = _recipe(tiny_model)
+    recipe["critique"]["critics"]["gtp-4-turbo"] = {}
+    with pytest.raises(ConfigError, match="Did you mean gpt-4-turbo"):
+        run_recipe(Recipe.model_validate(recipe), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_demo_recipe_trains_three_arms():

@@ -13,10 +13,15 @@ VERBS = {
         "critrm.preferences:command",
         "Read preference pairs in any of the field's formats and check them.",
     ),
+    "critics": ("critrm.critics:command", "The critics known by name: endpoint, price, and whether their key is set."),
     "critique": ("critrm.critique:command", "Stage 1: have a critic write a critique of every completion."),
+    "quality": ("critrm.quality:command", "Check critiques for flaws and leaked grades before training."),
     "augment": ("critrm.augment:command", "Stage 2: join pairs and critiques into one pair set for all arms."),
     "train": ("critrm.train:command", "Stage 3: train a reward model on augmented pairs."),
     "evaluate": ("critrm.evaluate:command", "Stage 4: score a benchmark with a reward model."),
+    "judge": ("critrm.judge:command", "Stage 5: have a model rate every completion, without or with a critique."),
+    "metacritique": ("critrm.metacritique:command", "Stage 6: precision, recall and F1 of critiques."),
+    "doctor": ("critrm.doctor:command", "Check a backbone, its tokenizer and a data set before money is spent."),
     "run": ("critrm.pipeline:command", "Run the stages of a recipe in order, skipping what is finished."),
     "demo": ("critrm.demo:command", "The whole method on the bundled pairs with the embedded model."),
 }
@@ -24,12 +29,17 @@ MODEL_VERBS = {
     "get": ("critrm.models:command_get", "Put an embedded model's weights into the user's cache."),
     "list": ("critrm.models:command_list", "List the embedded models and whether they are in the cache."),
 }
+CACHE_VERBS = {
+    "info": ("critrm.critique_cache:command_info", "Say what a cache of answered calls holds, by critic."),
+    "merge": ("critrm.critique_cache:command_merge", "Take over the answered calls of other caches."),
+}
 EXTRAS = {
     "accelerate": "train",
     "datasets": "data",
     "gguf": "embedded",
     "peft": "train",
     "pyarrow": "data",
+    "ray": "ray",
     "safetensors": "train",
     "tensorboard": "train",
     "torch": "train",
@@ -50,11 +60,13 @@ def _make_app() -> App:
         ),
     )
     models = App(name="models", help="The embedded models, whose weights come from the package index.")
-    for target, verbs in ((app, VERBS), (models, MODEL_VERBS)):
+    cache = App(name="cache", help="The store of answered critic calls: what it holds, and merging two of them.")
+    for target, verbs in ((app, VERBS), (models, MODEL_VERBS), (cache, CACHE_VERBS)):
         for verb, (function, summary) in verbs.items():
             # By import string: a verb's module, and torch with it, is loaded only when that verb runs.
             target.command(function, name=verb, help=summary)
     app.command(models)
+    app.command(cache)
     return app
 
 
@@ -72,9 +84,9 @@ def _fail(message: str, code: int) -> int:
 
 def _missing_extra(error: BaseException | None) -> str:
     verb = next(iter(sys.argv[1:]), "")
-    if not verb.startswith("-") and verb not in (*VERBS, "models"):
+    if not verb.startswith("-") and verb not in (names := (*VERBS, "models", "cache")):
         # Looking for a verb that resembles it, cyclopts imports them all.
-        return f"Unknown command {verb!r}. There are: {', '.join((*VERBS, 'models'))}."
+        return f"Unknown command {verb!r}. There are: {', '.join(names)}."
     while error is not None:
         if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
             return f"This needs the package {package!r}. Install it with: pip install 'critrm[{EXTRAS[package]}]'"

@@ -9,12 +9,14 @@ evaluate: {}                                  how they are tested
 """
 
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from critrm.errors import ConfigError
 
@@ -50,31 +52,75 @@ class PreferencesConfig(Section):
 
 
 class CriticConfig(Section):
-    """One critic: a model that is called, or a file of critiques that is imported."""
+    """One critic: a named one with changes, a model that is called, the backbone itself, or a file of critiques."""
 
     model: str = ""
-    """A served model's name, `embedded:NAME`, or `local:FOLDER`."""
-    base_url: str | None = None
+    """A served model's name, `embedded:NAME`, or `local:FOLDER`. Without one, the critic's name is looked up."""
+    base_url: str | tuple[str, ...] | None = None
+    """The endpoint, or several of the same model (a list, or with commas between)."""
+    key_variable: str = Field(default="", pattern=r"^([A-Z_][A-Z0-9_]*)?$")
+    """The environment variable that holds the API key; never the key."""
+    self_critique: bool = False
+    """The critic is the backbone of the reward model (on-policy)."""
     file: str = ""
     """A file of existing critiques by pair id and side, instead of a model."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=256, gt=0)
     seed: int = 0
+    samples: int = Field(default=1, gt=0)
+    """Critiques per completion."""
+    price_in: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """US dollars per million tokens read; unknown when None."""
+    price_out: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    batch: bool = False
+    """Send the calls to the endpoint's Batch API."""
     concurrency: int = Field(default=16, gt=0)
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds to wait for an answer."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    tokens_per_minute: float | None = Field(default=None, gt=0)
     template: str = "critique"
+    engine: Literal["local", "ray"] = "local"
+    """Where the calls are made: this process, or the workers of a Ray cluster."""
+    workers: int = Field(default=2, gt=0)
+    """Of the ray engine."""
 
     @model_validator(mode="after")
-    def _model_or_file(self) -> "CriticConfig":
-        if bool(self.model) == bool(self.file):
-            raise ValueError("give either a model to call or a file of critiques")
+    def _one_origin(self) -> "CriticConfig":
+        if bool(self.model) + bool(self.file) + self.self_critique > 1:
+            raise ValueError("give either a model to call, or a file of critiques, or self_critique")
+        if (self.price_in is None) != (self.price_out is None):
+            raise ValueError("price_in and price_out go together")
+        if self.engine == "ray" and self.batch:
+            raise ValueError("a batch is one upload: it needs no ray engine")
         return self
+
+    @field_serializer("base_url")
+    def _without_secrets(self, value: str | tuple[str, ...] | None) -> list[str] | None:
+        """For manifests: a URL's user name, password and query may be keys."""
+        urls = value.split(",") if isinstance(value, str) else value
+        return None if urls is None else [_plain_url(url) for url in urls]
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the model runs in this process."""
+        return self.model.startswith(("embedded:", "local:"))
+
+
+def _plain_url(url: str) -> str:
+    parts = urlsplit(url.strip())
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 class CritiqueConfig(Section):
     """Stage 1: the critics, by the name their arm gets. The No-Critiques arm is always there."""
 
     critics: dict[str, CriticConfig] = Field(default_factory=dict)
+    critics_file: str = ""
+    """A file of critics of your own, in the form of `critics.yaml`."""
+    max_cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """US dollars that all critics together may cost."""
 
 
 class AugmentConfig(Section):
@@ -82,6 +128,12 @@ class AugmentConfig(Section):
 
     max_length: int = Field(default=2048, gt=15)
     """Tokens of prompt + completion + critique."""
+    drop: tuple[str, ...] = ()
+    """Flaws for which a critique is not used, nor its pair in any arm; `critrm quality` lists them."""
+    strip_scores: bool = False
+    """Take grades that a critique gives away ("8/10") out of its text."""
+    consistent_only: bool = False
+    """Leave out training pairs that a critic grades against their label; test pairs are never filtered by it."""
 
 
 class TrainConfig(Section):
@@ -104,10 +156,22 @@ class TrainConfig(Section):
         default={"slightly better": 1 / 3, "better": 2 / 3, "significantly better": 1.0}
     )
     """m(r) of equations 1 and 2 by rating; None is no margin. Pairs without a rating have none."""
+    loss: Literal["ranking", "scaled"] = "ranking"
+    """The ranking loss minus its margin, as in the paper, or multiplied by it ("scaled": no rating weighs nothing)."""
+    center_weight: float = Field(default=0.0, ge=0)
+    """Weight of (chosen + rejected)^2, which keeps rewards around 0."""
+    lm_weight: float = Field(default=0.0, ge=0)
+    """Weight of a language-model loss on the critique's tokens, through the backbone's own head."""
+    critique_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an arm's pairs that are read without their critiques, so that the model can score without one."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     lora_rank: int = Field(default=0, ge=0)
     """0 trains all parameters, as the paper does; otherwise adapters of this rank and the head."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time instead of keeping them: less memory, slower, the same result."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are the model: the last ones, or those with the lowest loss on held-out pairs."""
     checkpoint_minutes: float = Field(default=5.0, ge=0)
     """Least time between two checkpoints; 0 writes one after every step."""
     report_to: tuple[str, ...] = ()
@@ -117,6 +181,12 @@ class TrainConfig(Section):
     def _held_out_for_sweep(self) -> "TrainConfig":
         if len(self.learning_rates) > 1 and not self.n_held_out:
             raise ValueError("several learning_rates need n_held_out pairs to choose between them")
+        return self
+
+    @model_validator(mode="after")
+    def _margins_to_scale_by(self) -> "TrainConfig":
+        if self.loss == "scaled" and self.margins is None:
+            raise ValueError("the scaled loss multiplies by the margins: it cannot go without margins")
         return self
 
 
@@ -143,19 +213,48 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         ConfigError: not YAML, an unknown key or a value out of range; names the file and the key.
     """
-    file = data_path(str(path))
+    return read_yaml(Recipe, data_path(str(path)), what="recipe")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read_yaml(section: type[S], file: Path, *, what: str) -> S:
+    """Read a section from a YAML file.
+
+    Args:
+        section: what the file has to hold.
+        file: the file.
+        what: the word for it in messages.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key or a value out of range; names the file and the key.
+    """
     try:
-        return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such recipe") from None
+        raise ConfigError(f"{file}: no such {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not YAML ({error})") from None
+    return validated(section, values, where=str(file), what=what)
+
+
+def validated(section: type[S], values: Mapping[str, Any], *, where: str, what: str) -> S:
+    """Make a section of plain values.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range; names `where` and the key.
+    """
+    try:
+        return section.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: {problem['msg']}"
-            for problem in error.errors()
+            f"{'.'.join(str(part) for part in problem['loc']) or what}: {problem['msg']}" for problem in error.errors()
         )
-        raise ConfigError(f"{file}: {problems}") from None
+        # Without its cause, which shows the values: somebody may have put a key there.
+        raise ConfigError(f"{where}: {problems}") from None
 
 
 def data_path(text: str) -> Path:

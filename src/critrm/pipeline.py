@@ -17,20 +17,22 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from critrm.augment import Augmented, Budget, augment_pairs, file_name, text_encoder, write_augmented
+from critrm.budget import Estimate, Ledger, Purse, estimates_table
+from critrm.calls import estimate_critiques, open_purse
 from critrm.config import CriticConfig, PairSource, Recipe, data_path, load_recipe
-from critrm.critique import critique_with_progress, open_chat
+from critrm.critics import complete_critics
+from critrm.critique import critique_with_progress
 from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.errors import DataError
 from critrm.evaluate import evaluate, read_scores
-from critrm.llm import Sampling
 from critrm.models import load_tokenizer
 from critrm.preferences import read_pairs
 from critrm.results import ArmScores, compare_arms, results_markdown, results_table
@@ -59,6 +61,8 @@ class Run:
     recipe: Recipe
     out: Path
     console: Console
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
+    """What each critic's calls came to in this attempt."""
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -88,8 +92,15 @@ def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = Non
     """
     run, started = Run(recipe, Path(out), console or Console(quiet=True)), time.time()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    sets = _read_sets(run)
-    critiques = {name: _critiques(run, name, critic, sets) for name, critic in recipe.critique.critics.items()}
+    critics = complete_critics(recipe.critique, backbone=recipe.train.backbone)
+    sets = _read_sets(recipe)
+    for name, found in sets.items():
+        write_records(run.out / "preferences" / f"{name}.jsonl", found)
+        run.console.print(f"{name}: {len(found)} pairs", highlight=False)
+    pairs = [pair for found in sets.values() for pair in found]
+    with CritiqueCache(default_cache_path()) as cache:
+        purse = open_purse(recipe.critique.max_cost, pairs, critics=critics, cache=cache)
+    critiques = {name: _critiques(run, name, critic, pairs, purse=purse) for name, critic in critics.items()}
     augmented = _augment(run, sets, critiques)
     rates = {critic: _learning_rate(run, augmented[TRAIN].arms[critic]) for critic in augmented[TRAIN].arms}
     for seed in recipe.train.seeds:
@@ -98,19 +109,40 @@ def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = Non
     results = _results(run, augmented, critiques, rates)
     inputs = [data_path(source.path) for source in _sources(recipe).values()]
     write_manifest(
-        run.out, config=recipe.model_dump(mode="json"), started=started, inputs=inputs, seeds=recipe.train.seeds
+        run.out,
+        config=recipe.model_dump(mode="json") | {"ledger": {name: each.facts() for name, each in run.ledgers.items()}},
+        started=started,
+        inputs=inputs,
+        seeds=recipe.train.seeds,
+        cost=sum(ledger.cost + ledger.cost_cached for ledger in run.ledgers.values()),
     )
     return results
+
+
+def estimate_recipe(recipe: Recipe) -> list[Estimate]:
+    """What a recipe's critics will cost, before any is called.
+
+    Raises:
+        DataError: pairs cannot be read.
+        ConfigError: a critic is not known.
+    """
+    pairs = [pair for found in _read_sets(recipe).values() for pair in found]
+    with CritiqueCache(default_cache_path()) as cache:
+        return [
+            estimate_critiques(pairs, critic, critic=name, cache=cache)
+            for name, critic in complete_critics(recipe.critique, backbone=recipe.train.backbone).items()
+            if not critic.file
+        ]
 
 
 def _sources(recipe: Recipe) -> dict[str, PairSource]:
     return {TRAIN: recipe.preferences.train} | dict(recipe.preferences.test)
 
 
-def _read_sets(run: Run) -> dict[str, tuple[PreferencePair, ...]]:
+def _read_sets(recipe: Recipe) -> dict[str, tuple[PreferencePair, ...]]:
     sets: dict[str, tuple[PreferencePair, ...]] = {}
     owner: dict[str, str] = {}
-    for name, source in _sources(run.recipe).items():
+    for name, source in _sources(recipe).items():
         found = read_pairs(
             str(data_path(source.path)),
             dialect=source.dialect,
@@ -126,26 +158,20 @@ def _read_sets(run: Run) -> dict[str, tuple[PreferencePair, ...]]:
                     f"the pair is in {owner[pair.id]!r} and in {name!r}; ids must be unique", field=f"id {pair.id}"
                 )
         sets[name] = found.pairs
-        write_records(run.out / "preferences" / f"{name}.jsonl", found.pairs)
-        run.console.print(f"{name}: {len(found.pairs)} pairs", highlight=False)
     return sets
 
 
 def _critiques(
-    run: Run, name: str, critic: CriticConfig, sets: Mapping[str, Sequence[PreferencePair]]
+    run: Run, name: str, critic: CriticConfig, pairs: Sequence[PreferencePair], *, purse: Purse | None
 ) -> list[Critique]:
-    pairs = [pair for found in sets.values() for pair in found]
     if critic.file:
         wanted = {pair.id for pair in pairs}
         rows = [row for row in read_critiques(data_path(critic.file), critic=name) if row.pair_id in wanted]
     else:
-        chat = open_chat(critic.model, base_url=critic.base_url, concurrency=critic.concurrency)
-        sampling = Sampling(
-            temperature=critic.temperature, top_p=critic.top_p, max_tokens=critic.max_tokens, seed=critic.seed
-        )
+        ledger = run.ledgers[name] = Ledger()
         with run.timed(f"critique {name}"), CritiqueCache(default_cache_path()) as cache:
             rows = critique_with_progress(
-                pairs, chat, critic=name, sampling=sampling, cache=cache, template=critic.template, console=run.console
+                pairs, critic, critic=name, cache=cache, console=run.console, ledger=ledger, purse=purse
             )
     write_records(run.out / "critique" / f"{file_name(name)}.jsonl", rows)
     return rows
@@ -154,10 +180,18 @@ def _critiques(
 def _augment(
     run: Run, sets: Mapping[str, Sequence[PreferencePair]], critiques: Mapping[str, Sequence[Critique]]
 ) -> dict[str, Augmented]:
-    encode = text_encoder(load_tokenizer(run.recipe.train.backbone))
+    config, encode = run.recipe.augment, text_encoder(load_tokenizer(run.recipe.train.backbone))
     augmented = {}
     for name, pairs in sets.items():
-        augmented[name] = augment_pairs(pairs, critiques, encode=encode, budget=Budget(run.recipe.augment.max_length))
+        augmented[name] = augment_pairs(
+            pairs,
+            critiques,
+            encode=encode,
+            budget=Budget(config.max_length),
+            drop=config.drop,
+            strip_scores=config.strip_scores,
+            consistent_only=config.consistent_only and name == TRAIN,
+        )
         write_augmented(run.out / "augment" / name, augmented[name])
         counts = augmented[name].summary()
         run.console.print(
@@ -261,6 +295,7 @@ def _results(
         "tests": tests,
         "seconds": run.seconds(),
         "tokens": _tokens(run, critiques, augmented),
+        "cost": {name: round(ledger.cost + ledger.cost_cached, 6) for name, ledger in run.ledgers.items()},
     }
     write_text(run.out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_text(run.out / "results.md", results_markdown(results))
@@ -291,15 +326,19 @@ def _tokens(
     return tokens
 
 
-def command(recipe: str, *, out: Path | None = None) -> None:
+def command(recipe: str, *, out: Path | None = None, dry_run: bool = False) -> None:
     """Run a recipe's stages in order; the same command resumes an interrupted run.
 
     Args:
         recipe: a YAML file, or `bundled:NAME.yaml`.
         out: the run's folder; `runs/NAME` when not given.
+        dry_run: print what the critics will cost, and run nothing.
     """
     loaded = load_recipe(recipe)
     console = Console()
+    if dry_run:
+        console.print(estimates_table(estimate_recipe(loaded), limit=loaded.critique.max_cost))
+        return
     out = out or Path("runs") / loaded.name
     results = run_recipe(loaded, out=out, console=console)
     console.print(results_table(results))

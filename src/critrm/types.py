@@ -67,6 +67,8 @@ class Critique:
     """Content hash of critic, sampling, template and the messages sent: the cache's key."""
     pair_id: str
     side: Side
+    sample: int = 0
+    """Which of the critic's critiques of this completion, from 0; more than one is asked for with `samples`."""
     text: str
     critic: str
     prompt_version: str
@@ -113,6 +115,29 @@ class Score:
         if self.chosen == self.rejected:
             return Outcome.TIE
         return Outcome.RIGHT if self.chosen > self.rejected else Outcome.WRONG
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a judge says about one completion (section 5.3); `judge.verdict_scores` puts a pair's two together."""
+
+    pair_id: str
+    side: Side
+    likert: float | None
+    """The rating, 0 to 10; None is unscored."""
+    judge: str
+    critique: str = ""
+    """What the judge wrote before the rating, or the critique that it was given; empty for a rating alone."""
+    reply: str = ""
+    """The judge's whole reply; empty for a failed call and for a recorded rating."""
+    unscored: str = ""
+    """Why there is no rating."""
+    key: str = ""
+    """The call's key in the cache."""
+    n_prompt_tokens: int = 0
+    n_completion_tokens: int = 0
+    cost: float = 0.0
+    """US dollars; 0 where the judge has no price."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

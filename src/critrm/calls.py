@@ -1,0 +1,200 @@
+"""The calls of a critique job: which are to be made, what they will cost, and making them within a limit."""
+
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from critrm.budget import Estimate, Price, Purse, estimate, most_tokens, n_characters
+from critrm.config import CriticConfig
+from critrm.critics import price_of, sampling_of, token_counter
+from critrm.critique_cache import CritiqueCache
+from critrm.llm import Chat, ChatRequest, Reply, Sampling
+from critrm.prompts import critique_messages, load_template
+from critrm.store import content_hash
+from critrm.types import SIDES, Critique, Message, PreferencePair, Side
+
+_Place = tuple[int, int, Side]
+"""A completion and one of its critiques: the pair's position, the sample's number, the side."""
+
+
+class Calls:
+    """The distinct calls of a job: their keys, what each is to be asked, and the completions that it answers."""
+
+    def __init__(
+        self, pairs: Sequence[PreferencePair], model: str, *, sampling: Sampling, samples: int, template: str | Path
+    ) -> None:
+        """Work out the keys.
+
+        Args:
+            pairs: the preference pairs.
+            model: the critic's model.
+            sampling: how replies are drawn; sample j has the seed + j.
+            samples: critiques per completion.
+            template: the template's name or path.
+
+        Raises:
+            ConfigError: the template cannot be used.
+        """
+        self.pairs, self.sampling, self.samples = pairs, sampling, samples
+        self.template = load_template(template, needs=("conversation", "response"))
+        places: dict[str, list[_Place]] = {}
+        # 1 and 1.0 are the same temperature, but not the same text.
+        facts = (float(sampling.temperature), float(sampling.top_p), sampling.max_tokens)
+        for index in range(len(pairs)):
+            for side in SIDES:
+                texts = [[message.role, message.content] for message in self._messages(index, side)]
+                for sample in range(samples):
+                    key = content_hash(model, [*facts, sampling.seed + sample], self.template.version, texts)
+                    places.setdefault(key, []).append((index, sample, side))
+        # In the order of keys: a hash's order says nothing of which completion is the chosen one.
+        self.places = dict(sorted(places.items()))
+        """Key of each call -> the completions it answers: identical ones share a call."""
+
+    def _messages(self, index: int, side: Side) -> tuple[Message, ...]:
+        pair = self.pairs[index]
+        return critique_messages(pair.prompt, pair.completion(side), template=self.template)
+
+    def messages(self, key: str) -> tuple[Message, ...]:
+        """What the critic is asked. Rendered when it is wanted, so that the prompts are not all in memory."""
+        index, _, side = self.places[key][0]
+        return self._messages(index, side)
+
+    def split(self, cache: CritiqueCache, *, retry_failed: bool) -> tuple[dict[str, Critique], list[str]]:
+        """The calls that the cache answers, and the keys of those to be made."""
+        stored = {key: critique for key in self.places if (critique := cache.get(key))}
+        found = {key: row for key, row in stored.items() if not (row.failure and retry_failed)}
+        return found, [key for key in self.places if key not in found]
+
+    def critique(self, reply: Reply, *, critic: str, price: Price | None) -> Critique:
+        """The record of a reply."""
+        index, sample, side = self.places[reply.id][0]
+        failure = reply.failure or ("" if reply.text.strip() else "empty reply")
+        n_read, n_written = float(reply.n_prompt_tokens), float(reply.n_completion_tokens)
+        if price and not n_read and not failure:
+            # An endpoint that does not report its usage still bills it.
+            n_read, n_written = n_characters(self.messages(reply.id)) / 4, len(reply.text) / 4
+        return Critique(
+            key=reply.id,
+            pair_id=self.pairs[index].id,
+            side=side,
+            sample=sample,
+            text="" if failure else reply.text.strip(),
+            critic=critic,
+            prompt_version=self.template.version,
+            n_prompt_tokens=reply.n_prompt_tokens,
+            n_completion_tokens=reply.n_completion_tokens,
+            cost=price.cost(n_read, n_written) if price else 0.0,
+            seconds=round(reply.seconds, 3),
+            finish_reason=reply.finish_reason,
+            failure=failure,
+        )
+
+
+async def ask_all(
+    calls: Calls,
+    todo: Sequence[str],
+    chat: Chat,
+    *,
+    answered: Callable[[Reply], None],
+    price: Price | None,
+    purse: Purse | None,
+) -> None:
+    """Make the calls, the samples one after the other, since each has its own seed.
+
+    With a limit: when the most that the next call can cost is more than what is left, the calls under way are waited
+    for. They mostly cost less than was set aside, so there may be room again.
+    """
+    n_left = len(todo)
+    for sample in range(calls.samples):
+        sampling = replace(calls.sampling, seed=calls.sampling.seed + sample)
+        pending = deque(key for key in todo if calls.places[key][0][1] == sample)
+
+        def requests(pending: deque[str] = pending) -> Iterator[ChatRequest]:
+            nonlocal n_left
+            while pending:
+                messages = calls.messages(pending[0])
+                if purse and price:
+                    most = price.cost(most_tokens(messages), calls.sampling.max_tokens)
+                    if not purse.set_aside(pending[0], most):
+                        return
+                n_left -= 1
+                yield ChatRequest(id=pending.popleft(), messages=messages)
+
+        while pending:
+            n_before = n_left
+            replies = chat.stream(requests(), sampling)
+            try:
+                async for reply in replies:
+                    answered(reply)
+            finally:
+                if isinstance(replies, AsyncGenerator):
+                    await replies.aclose()
+            if not purse:
+                break
+            if n_left == n_before:
+                raise purse.refusal(n_left)
+
+
+def estimate_critiques(
+    pairs: Sequence[PreferencePair],
+    settings: CriticConfig,
+    *,
+    critic: str,
+    cache: CritiqueCache,
+    retry_failed: bool = False,
+) -> Estimate:
+    """What `critique_pairs` would cost with a critic; calls nobody.
+
+    Args:
+        pairs: the preference pairs.
+        settings: the critic, complete.
+        critic: its name.
+        cache: answered calls; those are not made again.
+        retry_failed: count calls that failed before.
+    """
+    calls = _calls_of(pairs, settings)
+    found, todo = calls.split(cache, retry_failed=retry_failed)
+    # Its answers about other pairs are better than nothing.
+    other = {} if found else dict(cache.by_critic().get(critic, {}))
+    return estimate(
+        (calls.messages(key) for key in todo),
+        critic=critic,
+        max_tokens=settings.max_tokens,
+        price=price_of(settings),
+        cached=[(n_characters(calls.messages(key)), critique) for key, critique in found.items()],
+        mean_written=other["tokens written"] / other["answers"] if other.get("answers") else None,
+        count=token_counter(settings),
+    )
+
+
+def open_purse(
+    limit: float | None,
+    pairs: Sequence[PreferencePair],
+    *,
+    critics: Mapping[str, CriticConfig],
+    cache: CritiqueCache,
+) -> Purse | None:
+    """The limit over all critics of a recipe, with what earlier attempts have spent on each of them; None without one.
+
+    Args:
+        limit: US dollars.
+        pairs: the preference pairs.
+        critics: the critics, complete.
+        cache: answered calls.
+    """
+    if limit is None:
+        return None
+    purse = Purse(limit)
+    for settings in critics.values():
+        if not settings.file:
+            for critique in _calls_of(pairs, settings).split(cache, retry_failed=False)[0].values():
+                purse.paid_before(critique.key, critique.cost)
+    return purse
+
+
+def _calls_of(pairs: Sequence[PreferencePair], settings: CriticConfig) -> Calls:
+    # As its chat calls the model.
+    model = settings.model.removeprefix("local:")
+    sampling = sampling_of(settings)
+    return Calls(pairs, model, sampling=sampling, samples=settings.samples, template=settings.template)
