@@ -1,12 +1,13 @@
 """One pair set for all arms: joins, drops by reason, trimming by segment."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from critrm.augment import Budget, augment_pairs, command, file_name, segment_pair, text_encoder
+from critrm.augment import Budget, augment_pairs, command, file_name, sample_arms, segment_pair, text_encoder
 from critrm.errors import ConfigError, DataError
 from critrm.models import load_tokenizer
 from critrm.store import read_records, write_records
@@ -17,11 +18,13 @@ def _pair(name: str, prompt: str = "Hi", chosen: str = "Hello!", rejected: str =
     return PreferencePair(id=name, prompt=(Message("user", prompt),), chosen=chosen, rejected=rejected)
 
 
-def _critique(pair_id: str, side: str, text: str = "", failure: str = "", critic: str = "c") -> Critique:
+def _critique(
+    pair_id: str, side: str, text: str = "", failure: str = "", critic: str = "c", sample: int = 0
+) -> Critique:
     text = text or f"{side} is fine"
     return Critique(
         key=f"{pair_id}-{side}", pair_id=pair_id, side=side, text="" if failure else text, critic=critic,
-        prompt_version="", failure=failure,
+        prompt_version="", failure=failure, sample=sample,
     )  # fmt: skip
 
 
@@ -46,7 +49,7 @@ def test_a_failed_critique_is_missing_and_never_an_empty_one():
     rows = [_critique("a", "chosen"), _critique("a", "rejected", failure="timeout")]
     rows += [_critique("b", side) for side in SIDES]
     found = augment_pairs([_pair("a"), _pair("b")], {"c": rows})
-    assert found.dropped == {"a": "no critique by c of one side"}
+    assert found.dropped == {"a": "critique by c: timeout"}
     assert all(item.critique(side) for item in found.arms["c"] for side in SIDES)
 
 
@@ -59,6 +62,82 @@ def test_critiques_of_unknown_pairs_only_are_an_error_that_shows_ids():
 def test_a_critic_cannot_take_the_baselines_name():
     with pytest.raises(ConfigError, match="No-Critiques"):
         augment_pairs([_pair("a")], {NO_CRITIC: [_critique("a", side) for side in SIDES]})
+
+
+def test_calls_that_failed_are_counted_by_kind():
+    rows = [_critique(pair_id, "chosen") for pair_id in "abc"] + [_critique("c", "rejected")]
+    rows += [_critique(pair_id, "rejected", failure=f"http 500: {pair_id}") for pair_id in "ab"]
+    found = augment_pairs([_pair(name) for name in "abc"], {"c": rows})
+    assert found.summary()["dropped"] == {"critique by c: http 500": 2}
+
+
+def _flawed(**texts: str) -> list[Critique]:
+    """Fine critiques of the pairs a, b and c, but for the given ones of the rejected side."""
+    return [
+        _critique(pair_id, side, texts.get(pair_id, "") if side == "rejected" else "")
+        for pair_id in "abc"
+        for side in SIDES
+    ]
+
+
+def test_flawed_critiques_are_dropped_on_request_and_counted_by_flaw():
+    pairs = [_pair(name) for name in "abc"]
+    rows = _flawed(a="User: What do you mean?", b="I'm sorry, I cannot provide a critique.")
+    assert augment_pairs(pairs, {"c": rows}).dropped == {}
+    found = augment_pairs(pairs, {"c": rows}, drop=("dialogue", "refusal"))
+    assert found.dropped == {"a": "critique by c: dialogue", "b": "critique by c: refusal"}
+    assert [item.pair.id for item in found.arms[NO_CRITIC]] == ["c"]
+    with pytest.raises(DataError, match="cover none.*'critique by c: dialogue': 3"):
+        augment_pairs(pairs, {"c": _flawed(a="User: Yes?", b="Chatbot: No.", c="User: Hm.")}, drop=("dialogue",))
+    with pytest.raises(ConfigError, match="sarcasm"):
+        augment_pairs(pairs, {"c": rows}, drop=("sarcasm",))
+
+
+def test_grades_are_stripped_on_request():
+    rows = _flawed(a="It asks back where an answer was wanted. 3/10.", b="3/10")
+    found = augment_pairs([_pair(name) for name in "abc"], {"c": rows}, strip_scores=True)
+    assert found.arms["c"][0].rejected_critique == "It asks back where an answer was wanted."
+    assert found.dropped == {"b": "critique by c: score"}
+
+
+def test_training_pairs_may_be_dropped_for_contradicting_their_label():
+    pairs = [_pair(name) for name in "abc"]
+    rows = [_critique("a", "chosen", "Rating: 3."), *_flawed(a="Rating: 8.")[1:]]
+    assert augment_pairs(pairs, {"c": rows}, strip_scores=True).dropped == {"a": "critique by c: score"}
+    found = augment_pairs(pairs, {"c": rows}, consistent_only=True, strip_scores=True)
+    assert found.dropped == {"a": "critique by c contradicts the label"}
+    assert [item.pair.id for item in found.arms[NO_CRITIC]] == ["b", "c"]
+    test_pairs = [replace(pair, split="test") for pair in pairs]
+    with pytest.raises(ConfigError, match="only training pairs"):
+        augment_pairs(test_pairs, {"c": rows}, consistent_only=True)
+
+
+def _sampled(*missing: tuple[str, str, int]) -> list[Critique]:
+    places = [(pair_id, side, sample) for pair_id in "abc" for side in SIDES for sample in range(3)]
+    return [_critique(*place[:2], text=f"{place}", sample=place[2]) for place in places if place not in missing]
+
+
+def test_an_arm_is_made_of_one_sample():
+    pairs, rows = [_pair(name) for name in "abc"], _sampled(("a", "chosen", 1))
+    first, second = augment_pairs(pairs, {"c": rows}), augment_pairs(pairs, {"c": rows}, sample=1)
+    assert [item.chosen_critique for item in first.arms["c"]] == [f"{(name, 'chosen', 0)}" for name in "abc"]
+    assert second.dropped == {"a": "no critique by c of one side"}
+    assert second.arms["c"][0].rejected_critique == "('b', 'rejected', 1)"
+    with pytest.raises(DataError, match="cover none"):
+        augment_pairs(pairs, {"c": rows}, sample=3)
+
+
+def test_one_arm_per_sample_over_the_same_pairs():
+    pairs = [_pair(name) for name in "abc"]
+    arms = sample_arms(pairs, _sampled(("b", "rejected", 2)))
+    assert [[item.pair.id for item in arm] for arm in arms] == [["a", "c"]] * 3
+    for sample, arm in enumerate(arms):
+        assert all(item.critique(side) == f"{(item.pair.id, side, sample)}" for item in arm for side in SIDES)
+        assert {item.critic for item in arm} == {"c"}
+    with pytest.raises(DataError, match="no pair has all 3"):
+        sample_arms(pairs, _sampled(("a", "chosen", 0), ("b", "chosen", 1), ("c", "chosen", 2)))
+    with pytest.raises(DataError, match="by c, d"):
+        sample_arms(pairs, [*_sampled(), _critique("a", "chosen", critic="d")])
 
 
 def test_pairs_identical_within_the_budget_are_dropped_from_all_arms():
@@ -126,6 +205,27 @@ def test_critics_in_one_file_become_arms_of_their_own(tmp_path, pairs, capsys):
         "augment.json", "none.jsonl", "one.jsonl", "two.jsonl",
     ]  # fmt: skip
     capsys.readouterr()
+
+
+def test_the_command_takes_the_quality_options(tmp_path, capsys):
+    pairs = [_pair(name, prompt=f"Hi {name}") for name in "abc"]
+    write_records(tmp_path / "pairs.jsonl", pairs)
+    rows = [
+        _critique("b", "chosen", "Good answer, but short. 2/10."),
+        *_flawed(a="User: What?", b="Rather vague. 9/10."),
+    ]
+    write_records(tmp_path / "c.jsonl", [row for i, row in enumerate(rows) if i != 3])
+    command(
+        tmp_path / "pairs.jsonl",
+        out=tmp_path / "out",
+        critiques=(tmp_path / "c.jsonl",),
+        drop="dialogue, echo",
+        strip_scores=True,
+        consistent_only=True,
+    )
+    counts = json.loads((tmp_path / "out" / "augment.json").read_text())
+    assert counts["dropped"] == {"critique by c: dialogue": 1, "critique by c contradicts the label": 1}
+    assert "contradicts the label" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from critrm.critique_files import read_critiques
-from critrm.errors import DataError
+from critrm.critique_files import critiqued_pairs, read_critiques
+from critrm.errors import ConfigError, DataError
+from critrm.preferences import read_pairs
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("CRITRM_DATA") or ROOT.parent / "shared" / "data")
@@ -68,6 +69,9 @@ def test_a_given_name_wins(tmp_path: Path) -> None:
         (row(critique=" \n"), "critique", "empty"),
         (row(critique="GONE", text=""), "text", "empty"),
         (row(score="high"), "score", "number"),
+        (row(sample=-1), "sample", "whole number"),
+        (row(sample="1"), "sample", "whole number"),
+        (row(sample=True), "sample", "whole number"),
         (row(n_prompt_tokens="many"), "n_prompt_tokens", "number"),
         (row(side="rejected"), "pair_id", "second critique"),
         ("{not json", "", "malformed"),
@@ -91,4 +95,78 @@ def test_real_critiques() -> None:
     assert {r.critic for r in rows} == {"frontier-llm"} and all(r.text and r.score is not None for r in rows)
 
 
-# --- the verb -----------------------------------------------------------------------------------------------------
+def test_several_samples_of_a_place(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "c.jsonl", row(), row(sample=1), row(sample=2, side="rejected"))
+    rows = read_critiques(path)
+    assert [(r.side, r.sample) for r in rows] == [("chosen", 0), ("chosen", 1), ("rejected", 2)]
+    assert len({r.key for r in rows}) == 3
+    write_lines(path, row(sample=1), row(sample=1, critique="Other."))
+    with pytest.raises(DataError, match="sample 1: keep one, or number them"):
+        read_critiques(path)
+
+
+# Files with pairs and critiques ---------------------------------------------------------------------------------------
+
+CLOUD = {"id": "q1", "prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}
+
+
+def test_a_file_with_pairs_gives_pairs_and_critiques_that_fit(tmp_path: Path) -> None:
+    rows = [
+        CLOUD | {"id": name, "chosen_feedback": f"Kind {name}.", "rejected_feedback": "Rude."} for name in ("a", 7, "")
+    ]
+    path = write_lines(tmp_path / "oracle.jsonl", *rows)
+    pairs, critiques = critiqued_pairs(path)
+    assert [pair.id for pair in pairs] == ["a", "7", "oracle-00003"]
+    # The same file read as pairs and read as critiques.
+    assert pairs == read_pairs(path).pairs
+    assert critiques == read_critiques(path) == read_critiques(path, dialect="cloud")
+    assert [(r.pair_id, r.side, r.text, r.critic) for r in critiques[:2]] == [
+        ("a", "chosen", "Kind a.", "oracle"),
+        ("a", "rejected", "Rude.", "oracle"),
+    ]
+    assert {r.critic for r in read_critiques(path, critic="human")} == {"human"}
+
+
+def test_responses_to_one_prompt_in_several_rows(tmp_path: Path) -> None:
+    made = [("Hi", "Hello!", 5), ("Bye", "Bye!", 5), ("Hi", "What?", 1), ("Hi", "Hey", 5), ("Hi", "Hello!", 2)]
+    rows = [{"question": q, "answer": a, "feedback": f"About {a}", "rating": n} for q, a, n in made]
+    pairs, critiques = critiqued_pairs(write_lines(tmp_path / "f.jsonl", *rows))
+    # Equal grades and equal texts are no pair; a prompt with one response neither.
+    assert [(pair.id, pair.chosen, pair.rejected) for pair in pairs] == [
+        ("f-00001-0-1", "Hello!", "What?"),
+        ("f-00001-1-2", "Hey", "What?"),
+        ("f-00001-1-3", "Hello!", "What?"),
+        ("f-00001-2-3", "Hey", "Hello!"),
+    ]
+    assert [(r.text, r.score) for r in critiques[-2:]] == [("About Hey", 5), ("About Hello!", 2)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "field", "reason"),
+    [
+        (CLOUD | {"chosen_feedback": "Kind."}, "rejected_feedback", "missing"),
+        (CLOUD | {"chosen_feedback": ["Kind.", " "], "rejected_feedback": "Rude."}, "chosen_feedback", "empty"),
+        (CLOUD | {"chosen_feedback": "Kind.", "rejected_feedback": 3}, "rejected_feedback", "must be text"),
+        (CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b", "prompt": None}, "prompt", "missing"),
+        (CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b", "chosen": " "}, "response", "empty"),
+        (CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b", "prompt": ""}, "prompt", "empty"),
+        (CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b"}, "id", "second pair"),
+        ("{not json", "", "malformed"),
+    ],
+)
+def test_a_bad_row_of_a_file_with_pairs_is_named(tmp_path: Path, bad: Any, field: str, reason: str) -> None:
+    good = CLOUD | {"chosen_feedback": "Kind.", "rejected_feedback": "Rude."}
+    path = write_lines(tmp_path / "bad.jsonl", good, bad)
+    with pytest.raises(DataError, match=reason) as caught:
+        critiqued_pairs(path)
+    assert (caught.value.path, caught.value.line, caught.value.field) == (str(path), 2, field)
+
+
+def test_a_file_without_pairs_says_so(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "f.jsonl", {"question": "Hi", "answer": "Hello!", "feedback": "Kind.", "rating": 5})
+    with pytest.raises(DataError, match="no pair in it"):
+        critiqued_pairs(path)
+    with pytest.raises(DataError, match="no file with pairs and critiques"):
+        critiqued_pairs(write_lines(tmp_path / "own.jsonl", row()))
+    with pytest.raises(ConfigError, match="no dialect 'cloudy'.*auto, critrm, cloud"):
+        read_critiques(path, dialect="cloudy")

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from critrm.critique_files import read_critiques
+from critrm.encoding import encode_text
 from critrm.errors import ConfigError, DataError
 from critrm.models import load_tokenizer
 from critrm.preferences import read_pairs
 from critrm.prompts import reward_segments
+from critrm.quality import check_critiques, find_contradictions, gate_critiques
 from critrm.store import write_records, write_text
 from critrm.types import NO_CRITIC, SIDES, Critique, CritiquedPair, PreferencePair
 
@@ -109,6 +111,10 @@ def augment_pairs(
     *,
     encode: Callable[[str], Tokens] | None = None,
     budget: Budget | None = None,
+    sample: int = 0,
+    drop: Sequence[str] = (),
+    strip_scores: bool = False,
+    consistent_only: bool = False,
 ) -> Augmented:
     """Join pairs with the critiques of each critic and keep the pairs that every arm can use.
 
@@ -117,9 +123,14 @@ def augment_pairs(
         critiques: critic's name -> its critiques; failed ones count as missing.
         encode: tokenizer function; given, pairs that become identical within the budget are dropped, and cuts counted.
         budget: the token budget; `Budget()` when None.
+        sample: which of a critic's critiques of the same completion the arms hold.
+        drop: flaws of `quality.REASONS` for which a critique is not used, nor its pair in any arm.
+        strip_scores: take grades that a critique gives away ("8/10") out of its text.
+        consistent_only: leave out pairs that a critic grades against their label; says that these are training pairs.
 
     Raises:
-        ConfigError: a critic has the name of the No-Critiques arm.
+        ConfigError: a critic has the name of the No-Critiques arm, there is no such flaw, or `consistent_only` is asked
+            for pairs of another split than training.
         DataError: a critic has critiques of none of the pairs, or no pair is left.
     """
     if NO_CRITIC in critiques:
@@ -127,6 +138,12 @@ def augment_pairs(
     dropped: dict[str, str] = {}
     arms: dict[str, dict[str, CritiquedPair]] = {NO_CRITIC: {pair.id: CritiquedPair(pair=pair) for pair in pairs}}
     for critic, rows in critiques.items():
+        rows = [row for row in rows if row.sample == sample]
+        if consistent_only:
+            for pair_id in find_contradictions(pairs, rows, split="train"):
+                dropped.setdefault(pair_id, f"critique by {critic} contradicts the label")
+        if drop or strip_scores:
+            rows = gate_critiques(rows, check_critiques(pairs, rows), drop=drop, strip_scores=strip_scores)
         arms[critic] = _join(pairs, critic, rows, dropped)
     trimmed: dict[str, dict[str, int]] = {}
     if encode is not None:
@@ -140,20 +157,53 @@ def augment_pairs(
     )
 
 
+def sample_arms(
+    pairs: Sequence[PreferencePair], critiques: Sequence[Critique]
+) -> tuple[tuple[CritiquedPair, ...], ...]:
+    """One arm per sample of one critic, all over the same pairs: those that every sample has critiques of.
+
+    Averaged over the arms, the rewards of a completion are its self-consistent reward.
+
+    Args:
+        pairs: the preference pairs, usually those that `augment_pairs` kept.
+        critiques: of one critic, with several samples per completion.
+
+    Raises:
+        DataError: the critiques are not of one critic, or no pair has them all.
+    """
+    critics = sorted({row.critic for row in critiques})
+    if len(critics) != 1:
+        raise DataError(f"samples are averaged per critic; these critiques are by {', '.join(critics) or 'nobody'}")
+    dropped: dict[str, str] = {}
+    samples = sorted({row.sample for row in critiques})
+    arms = [_join(pairs, critics[0], [row for row in critiques if row.sample == each], dropped) for each in samples]
+    kept = [pair.id for pair in pairs if pair.id not in dropped]
+    if not kept:
+        raise DataError(f"no pair has all {len(samples)} samples: {dict(Counter(dropped.values()))}")
+    return tuple(tuple(arm[pair_id] for pair_id in kept) for arm in arms)
+
+
 def _join(
     pairs: Sequence[PreferencePair], critic: str, rows: Sequence[Critique], dropped: dict[str, str]
 ) -> dict[str, CritiquedPair]:
     texts = {(row.pair_id, row.side): row.text for row in rows if not row.failure and row.text.strip()}
+    failures = {(row.pair_id, row.side): row.failure for row in rows if row.failure}
     arm = {}
     for pair in pairs:
         found = [texts.get((pair.id, side), "") for side in SIDES]
         if all(found):
             arm[pair.id] = CritiquedPair(pair=pair, critic=critic, chosen_critique=found[0], rejected_critique=found[1])
-        else:
-            dropped.setdefault(pair.id, f"no critique by {critic} of " + ("one side" if any(found) else "both sides"))
+            continue
+        reason = f"no critique by {critic} of " + ("one side" if any(found) else "both sides")
+        failure = next((failures[pair.id, side] for side in SIDES if (pair.id, side) in failures), "")
+        if failure:
+            # By kind: "http 500: ..." differs from row to row.
+            reason = f"critique by {critic}: " + failure.removeprefix("quality: ").partition(":")[0]
+        dropped.setdefault(pair.id, reason)
     if not arm:
         raise DataError(
-            f"the critiques by {critic!r} cover none of the {len(pairs)} pairs on both sides "
+            f"the critiques by {critic!r} cover none of the {len(pairs)} pairs on both sides: "
+            f"{dict(Counter(dropped.values()))} "
             f"(pair ids such as {rows[0].pair_id if rows else '-'!r}; expected such as {pairs[0].id!r})",
             field="pair_id",
         )
@@ -178,7 +228,7 @@ def text_encoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], Tokens
 
     Text of a user or model that spells a control token (`<|im_end|>`) is encoded as the characters it consists of.
     """
-    return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+    return lambda text: encode_text(tokenizer, text)
 
 
 def command(
@@ -190,6 +240,10 @@ def command(
     max_length: int = 2048,
     split: str = "",
     skip_bad: bool = False,
+    sample: int = 0,
+    drop: str = "",
+    strip_scores: bool = False,
+    consistent_only: bool = False,
 ) -> None:
     """Join pairs and critiques into arms that share one set of pairs.
 
@@ -201,6 +255,10 @@ def command(
         max_length: tokens of prompt + completion + critique that the reward model reads.
         split: only pairs of this split.
         skip_bad: leave out rows that cannot be read instead of stopping at the first.
+        sample: which of a critic's critiques of the same completion to use.
+        drop: flaws for which a critique is not used, comma separated; `critrm quality` lists them.
+        strip_scores: take grades that a critique gives away ("8/10") out of its text.
+        consistent_only: for training pairs only: leave out those that a critic grades against their label.
     """
     named: dict[str, list[Critique]] = {}
     for path in critiques:
@@ -208,7 +266,16 @@ def command(
             named.setdefault(row.critic, []).append(row)
     encode = text_encoder(load_tokenizer(backbone)) if backbone else None
     found = read_pairs(pairs, split=split, skip_bad=skip_bad).pairs
-    augmented = augment_pairs(found, named, encode=encode, budget=Budget(max_length))
+    augmented = augment_pairs(
+        found,
+        named,
+        encode=encode,
+        budget=Budget(max_length),
+        sample=sample,
+        drop=tuple(reason.strip() for reason in drop.split(",") if reason.strip()),
+        strip_scores=strip_scores,
+        consistent_only=consistent_only,
+    )
     write_augmented(out, augmented)
     table = Table(title=f"{len(augmented.arms[NO_CRITIC])} pairs in each arm, {len(augmented.dropped)} dropped")
     table.add_column("arm or reason")

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from critrm.critique_files import critiqued_pairs
 from critrm.dialects import DIALECTS, Fields, NoPreference, bad_field, checked_text, text_field
 from critrm.errors import ConfigError, DataError
+from critrm.list_dialects import LIST_DIALECTS
 from critrm.store import Rows, read_rows, write_records
 from critrm.types import RATINGS, SIDES, PreferencePair, Rating
 
@@ -52,24 +54,27 @@ def read_pairs(
     subset: str = "",
     limit: int | None = None,
     skip_bad: bool = False,
+    allow_empty: bool = False,
 ) -> PairSet:
     """Read preference pairs in any of the field's dialects.
 
     Args:
         path: a JSONL, JSON or Parquet file (`.gz` too), or a hub id `owner/name`.
-        dialect: one of `DIALECTS`; `auto` goes by the columns of the first row.
+        dialect: one of `DIALECTS` or `LIST_DIALECTS`; `auto` goes by the columns of the first row.
         split: only rows of these splits, comma separated; of a hub id, the splits to load (`train` by default).
         source: only rows of these sources, comma separated.
         subset: only rows of these subsets, comma separated.
-        limit: stop after so many pairs.
+        limit: stop after so many pairs; a list of completions is not split.
         skip_bad: collect rows that cannot be used in `skipped` instead of raising at the first. Ties are always there.
+        allow_empty: keep empty completions and identical pairs. For test sets, whose published counts hold them: an
+            empty completion is an answer that can be scored, and an identical pair is a tie.
 
     Raises:
         DataError: a row cannot be used; names file, line and field. Or no pair is left.
         ConfigError: no such dialect, or a limit below 1.
     """
-    if dialect != "auto" and dialect not in DIALECTS:
-        raise ConfigError(f"no dialect {dialect!r}; there is auto, {', '.join(DIALECTS)}")
+    if dialect not in ("auto", *DIALECTS, *LIST_DIALECTS):
+        raise ConfigError(f"no dialect {dialect!r}; there is auto, {', '.join([*DIALECTS, *LIST_DIALECTS])}")
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit must be at least 1, not {limit}")
     skipped: list[SkippedRow] = []
@@ -88,23 +93,24 @@ def read_pairs(
         if dialect == "auto":
             dialect = _recognise(row, str(path), number)
         try:
-            fields = row | DIALECTS[dialect][1](row)
-            if any(wanted and fields.get(name) not in wanted for name, wanted in filters.items()):
-                n_filtered += 1
-                continue
-            pair = _pair(fields, f"{Path(path).name.partition('.')[0]}-{number:05d}")
-            if pair.id in pairs:
-                raise bad_field("id", f"a second pair with this id: {pair.id!r:.80}")
-            pairs[pair.id] = pair
+            parts = _fields(row, dialect, f"{Path(path).name.partition('.')[0]}-{number:05d}")
+            asked = [
+                each for each in parts if all(not want or each.get(name) in want for name, want in filters.items())
+            ]
+            n_filtered += len(parts) - len(asked)
+            found = {pair.id: pair for pair in (_pair(fields, allow_empty=allow_empty) for fields in asked)}
+            if repeated := found.keys() & pairs.keys():
+                raise bad_field("id", f"a second pair with this id: {min(repeated)!r:.80}")
+            pairs |= found  # all pairs of a list, or none
         except NoPreference as tie:
             skipped.append(SkippedRow(path=str(path), line=number, field="", reason=str(tie)))
         except DataError as error:
             on_bad(DataError(error.reason, path=str(path), line=number, field=error.field))
-        if len(pairs) == limit:
+        if limit is not None and len(pairs) >= limit:
             break
     if not pairs:
-        asked = " and ".join(f"{name} {', '.join(wanted)}" for name, wanted in filters.items() if wanted)
-        why = f"{n_filtered} rows are not of {asked}; " if n_filtered else ""
+        filtered = " and ".join(f"{name} {', '.join(wanted)}" for name, wanted in filters.items() if wanted)
+        why = f"{n_filtered} rows are not of {filtered}; " if n_filtered else ""
         raise DataError(f"no pair is left; {why}{len(skipped)} rows skipped{_reasons(skipped)}", path=str(path))
     return PairSet(pairs=tuple(pairs.values()), skipped=tuple(skipped), dialect=dialect, n_filtered=n_filtered)
 
@@ -146,30 +152,43 @@ def _hub_rows(name: str, splits: tuple[str, ...]) -> Rows:
 
 
 def _recognise(row: Fields, path: str, number: int) -> str:
-    for name, (matches, _) in DIALECTS.items():
+    for name, (matches, _) in (LIST_DIALECTS | DIALECTS).items():
         if matches(row):
             return name
-    raise DataError(f"columns {sorted(row)} are those of no dialect ({', '.join(DIALECTS)})", path=path, line=number)
+    known = ", ".join([*LIST_DIALECTS, *DIALECTS])
+    raise DataError(f"columns {sorted(row)} are those of no dialect ({known})", path=path, line=number)
 
 
-def _pair(fields: Fields, default_id: str) -> PreferencePair:
+def _fields(row: Fields, dialect: str, default_id: str) -> list[Fields]:
+    """The fields of each pair of a row, with its id."""
+    if dialect not in LIST_DIALECTS:
+        fields = row | DIALECTS[dialect][1](row)
+        return [fields | {"id": _own_id(fields, default_id)}]
+    parts = [row | part for part in LIST_DIALECTS[dialect][1](row)]
+    return [part | {"id": f"{checked_text(_own_id(part, default_id), 'id')}#{n}"} for n, part in enumerate(parts)]
+
+
+def _own_id(fields: Fields, default_id: str) -> object:
+    """The row's id as it stands there; numbers as text."""
+    ids = [fields[name] for name in ("id", "pair_uid", "idx") if fields.get(name) not in (None, "")]
+    own_id = ids[0] if ids else default_id
+    return str(own_id) if isinstance(own_id, int) and not isinstance(own_id, bool) else own_id
+
+
+def _pair(fields: Fields, *, allow_empty: bool) -> PreferencePair:
     prompt = fields["prompt"]
     if not prompt or not prompt[-1].content.strip():
         raise bad_field("prompt", "empty")
     if prompt[-1].role != "user":
         raise bad_field("prompt", "must end with the user's turn")
     for side in SIDES:
-        if not fields[side].strip():
+        if not allow_empty and not fields[side].strip():
             raise bad_field(side, "empty")
-    if fields["chosen"].strip() == fields["rejected"].strip():
+    if not allow_empty and fields["chosen"].strip() == fields["rejected"].strip():
         raise bad_field("rejected", "identical to the chosen completion")
-    ids = [fields[name] for name in ("id", "pair_uid", "idx") if fields.get(name) not in (None, "")]
-    own_id = ids[0] if ids else default_id
-    if isinstance(own_id, int) and not isinstance(own_id, bool):
-        own_id = str(own_id)
     labels = {name: "" if fields.get(name) is None else text_field(fields, name) for name in LABELS}
     return PreferencePair(
-        id=checked_text(own_id, "id"),
+        id=checked_text(fields["id"], "id"),
         prompt=prompt,
         chosen=fields["chosen"],
         rejected=fields["rejected"],
@@ -208,6 +227,8 @@ def command(
     subset: str = "",
     limit: int | None = None,
     skip_bad: bool = False,
+    allow_empty: bool = False,
+    critiques_out: Path | None = None,
 ) -> None:
     """Read preference pairs in any of the field's formats, check them and show what they are.
 
@@ -220,13 +241,31 @@ def command(
         subset: only rows of these subsets, comma separated.
         limit: stop after so many pairs.
         skip_bad: leave out rows that cannot be used instead of stopping at the first.
+        allow_empty: keep empty completions and identical pairs, as the published counts of benchmarks do.
+        critiques_out: of a file that holds responses with their critiques: write the critiques here, the pairs to --out.
     """
     if out is not None and (out.suffix != ".jsonl" or out.resolve() == Path(pairs).resolve()):
         raise ConfigError(f"--out {out}: name a .jsonl file that is not the input")
-    found = read_pairs(
-        pairs, dialect=dialect, split=split, source=source, subset=subset, limit=limit, skip_bad=skip_bad
-    )
     console = Console()
+    if critiques_out is not None:
+        if out is None or split or source or subset or limit or skip_bad:
+            raise ConfigError("--critiques-out needs --out, and takes the whole file: no filter, limit or --skip-bad")
+        made, critiques = critiqued_pairs(pairs, dialect=dialect)
+        write_records(out, made)
+        write_records(critiques_out, critiques)
+        counts = f"{len(made)} pairs: {out}\n{len(critiques)} critiques: {critiques_out}"
+        console.print(counts, soft_wrap=True, markup=False)
+        return
+    found = read_pairs(
+        pairs,
+        dialect=dialect,
+        split=split,
+        source=source,
+        subset=subset,
+        limit=limit,
+        skip_bad=skip_bad,
+        allow_empty=allow_empty,
+    )
     console.print(_counts(found))
     console.print(_lengths(found.pairs))
     if out is not None:

@@ -1,11 +1,13 @@
 """Renders the texts that models read, from `templates/*.md` (Appendix A).
 
 Every wording is a file, so that it can be read, replaced and hashed: a template's version is its content hash. What is
-put into a template is data: it is never rendered a second time, never escaped, and any character passes through.
+put into a template is data: it is never rendered a second time, never escaped, and any character passes through. Only a
+line that imitates the rendering (`User: ...`, the closing question) gets a quote mark, as in e-mail: `> User: ...`.
 """
 
 import functools
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from critrm.types import Message
 TEMPLATES_PATH = Path(__file__).with_name("templates")
 LABELS = {"system": "System", "user": "User", "assistant": "Chatbot"}
 """The names of the speakers in the paper's plain rendering."""
+BREAKS = "\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
+"""What ends a line, as a regular expression's character range; the same as `str.splitlines` knows."""
 
 # Sandboxed, because a template may come with somebody else's recipe.
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
@@ -95,9 +99,47 @@ def render_template(template: str | Path | Template, **values: object) -> str:
         raise ConfigError(f"template {loaded.name}: {error.message}. It can use: {known}.") from None
 
 
-def render_conversation(messages: tuple[Message, ...]) -> str:
-    r"""The paper's plain form: `User: ...\n\nChatbot: ...\n\nUser: ...` (Appendix A)."""
-    return "\n\n".join(f"{LABELS[message.role]}: {message.content}" for message in messages)
+def quote_imitations(text: str, *, template: Template | None = None) -> str:
+    """Text of a user or model, with `> ` before each line that imitates what the templates say; all else as it is.
+
+    These are lines that begin with a speaker's label (`User:`, `Chatbot:`, `System:`), with `Critique:`, with the
+    closing question or with the sentence that introduces a critique to a reward model; and with the labels and
+    sentences of `template`, where it is given.
+    """
+    # A line break in front, so that the first line is found as the others are.
+    return _imitations(template.source if template else "").sub(r"\1> \2", "\n" + text)[1:]
+
+
+@functools.lru_cache(maxsize=64)
+def _imitations(source: str) -> re.Pattern[str]:
+    """Matches a line break and the white space before what is imitated."""
+    labels = [f"{label}[ \t]*[:：]" for label in (*LABELS.values(), "Critique")]
+    sources = (source, load_template("critique").source, _intro().source)
+    fixed = [beginning for each in sources for beginning in _fixed_beginnings(each)]
+    # Invisible characters before a label hide it from a pattern, but not from a model.
+    space = f"(?:[^\\S{BREAKS}]|[\\x00-\\x08\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff])*"
+    return re.compile(f"([{BREAKS}])({space})(?={'|'.join([*labels, *dict.fromkeys(fixed)])})")
+
+
+def _fixed_beginnings(source: str) -> list[str]:
+    """How a template's own lines begin, as regular expressions: labels, sentences by six words, short lines whole."""
+    found = []
+    for line in source.splitlines():
+        literal = re.split(r"\{[{%#]", line)[0].strip()
+        words = literal.split()
+        if literal.endswith(":"):
+            found.append(re.escape(literal))
+        elif len(words) >= 4:
+            found.append("(?i:" + r"\s+".join(re.escape(word) for word in words[:6]) + ")")
+        elif re.search(r"\w", literal):
+            found.append(f"{re.escape(literal)}[ \t]*(?:$|[{BREAKS}])")
+    return found
+
+
+def render_conversation(messages: tuple[Message, ...], *, template: Template | None = None) -> str:
+    r"""The paper's plain form: `User: ...\n\nChatbot: ...\n\nUser: ...` (Appendix A); imitations of it are quoted."""
+    turns = ((LABELS[message.role], quote_imitations(message.content, template=template)) for message in messages)
+    return "\n\n".join(f"{label}: {content}" for label, content in turns)
 
 
 def critique_messages(
@@ -110,7 +152,9 @@ def critique_messages(
     """
     if not isinstance(template, Template):
         template = load_template(template, needs=("conversation", "response"))
-    text = render_template(template, conversation=render_conversation(prompt), response=completion)
+    conversation = render_conversation(prompt, template=template)
+    response = quote_imitations(completion, template=template)
+    text = render_template(template, conversation=conversation, response=response)
     return (Message("user", text),)
 
 
@@ -124,12 +168,16 @@ def reward_segments(prompt: tuple[Message, ...], completion: str, critique: str)
 
     Returns:
         Prompt, completion and critique text; concatenated, they are what is read. The last is empty without a critique.
+        Lines of any of them that imitate this form are quoted, see `quote_imitations`.
     """
     conversation = render_conversation(prompt)
     prompt_text = f"{conversation}\n\nChatbot:" if conversation else "Chatbot:"
-    critique = critique.strip()
-    critique_text = "\n\n" + render_template(_intro(), critique=critique) if critique else ""
-    return prompt_text, " " + completion.rstrip(), critique_text
+    critique_text = ""
+    if critique.strip():
+        # Its first line stands behind the introduction, so it cannot be taken for a line of ours.
+        first, *rest = critique.strip().splitlines(keepends=True)
+        critique_text = "\n\n" + render_template(_intro(), critique=first + quote_imitations("".join(rest)))
+    return prompt_text, " " + quote_imitations(completion.rstrip()), critique_text
 
 
 @functools.cache
