@@ -64,11 +64,12 @@ def test_greedy_replies_are_those_of_transformers_generate(tiny_model: Path) -> 
     import torch
 
     from critrm import models
+    from critrm.encoding import encode_chat
 
     tokenizer, model = models.load_tokenizer(str(tiny_model)), models.load_causal_lm(str(tiny_model))
     ours = answers(local(tiny_model), requests(), GREEDY)
     for request in requests():
-        ids = torch.tensor([models.encode_chat(tokenizer, request.messages)])
+        ids = torch.tensor([encode_chat(tokenizer, request.messages)])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
         expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert ours[request.id].text == expected.strip()
@@ -90,10 +91,11 @@ def test_sampling_follows_the_models_probabilities(tiny_model: Path) -> None:
     import torch
 
     from critrm import models
+    from critrm.encoding import encode_chat
 
     tokenizer, model = models.load_tokenizer(str(tiny_model)), models.load_causal_lm(str(tiny_model))
     message = Message("user", "heads or tails?")
-    ids = torch.tensor([models.encode_chat(tokenizer, [message])])
+    ids = torch.tensor([encode_chat(tokenizer, [message])])
     with torch.inference_mode():
         probabilities = (model(ids).logits[0, -1] / 4).softmax(-1)
     chat, drawn = local(tiny_model), []
@@ -138,9 +140,10 @@ def test_a_prompt_longer_than_the_context_is_a_failed_reply_and_the_rest_go_on(t
 
 def test_a_reply_ends_where_the_context_does(tiny_model: Path) -> None:
     from critrm import models
+    from critrm.encoding import encode_chat
 
     tokenizer = models.load_tokenizer(str(tiny_model))
-    bare = len(models.encode_chat(tokenizer, [Message("user", "\0")]))
+    bare = len(encode_chat(tokenizer, [Message("user", "\0")]))
     near = ChatRequest(id="near", messages=(Message("user", "\0" * (1024 - bare + 1 - 5)),))
     reply = answers(local(tiny_model), [near], GREEDY)["near"]
     assert (reply.n_prompt_tokens, reply.n_completion_tokens, reply.finish_reason) == (1019, 5, "length")

@@ -7,12 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from critrm import models
 from critrm.errors import ModelError, StorageError
-from critrm.types import Message
 
 NAME = "embedded:SmolLM2-135M-Instruct"
 
@@ -128,73 +125,13 @@ def test_list_shows_the_cache_state(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out != before
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path):
-    return models.load_tokenizer(str(tiny_model))
-
-
-CONTROL = st.sampled_from(
-    ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "{{ 7*7 }}", "{% raw %}", "(critrm:0)"]
-)
-HOSTILE = st.lists(CONTROL | st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=6).map("".join)
-
-
-@given(HOSTILE, HOSTILE)
-def test_hostile_text_never_becomes_a_control_token(tokenizer, system: str, user: str) -> None:
-    ids = models.encode_chat(tokenizer, [Message("system", system), Message("user", user)])
-    start, end = (tokenizer.convert_tokens_to_ids(each) for each in ("<|im_start|>", "<|im_end|>"))
-    # Two turns and the opened answer: exactly the template's own control tokens.
-    assert [i for i in ids if i in tokenizer.all_special_ids] == [start, end, start, end, start]
-    first, second = [i for i, each in enumerate(ids) if each == end]
-    assert decoded(tokenizer, ids[1:first]) == "system\n" + system
-    assert decoded(tokenizer, ids[first + 1 : second]) == "\n<|im_start|>user\n" + user
-
-
-@pytest.fixture(scope="module")
-def base_tokenizer(tiny_model: Path):
-    """A base model's: without a chat template."""
-    tokenizer = models.load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = None
-    return tokenizer
-
-
-@given(HOSTILE)
-def test_without_a_template_hostile_text_is_inert_too(base_tokenizer, user: str) -> None:
-    ids = models.encode_chat(base_tokenizer, [Message("user", user)])
-    assert not set(ids) & set(base_tokenizer.all_special_ids)
-    assert decoded(base_tokenizer, ids) == f"User: {user}\n\nChatbot:"
-
-
-def decoded(tokenizer, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def test_plain_text_is_encoded_as_the_template_alone_would(tokenizer) -> None:
-    messages = [Message("user", "What is 2 plus 2?"), Message("assistant", "4"), Message("user", "Sure?")]
-    rows = [{"role": each.role, "content": each.content} for each in messages]
-    whole = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
-    assert decoded(tokenizer, models.encode_chat(tokenizer, messages)) == whole
-    closed = models.encode_chat(tokenizer, messages, generation_prompt=False)
-    assert decoded(tokenizer, closed) == tokenizer.apply_chat_template(rows, tokenize=False)
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [("{{ raise_exception('roles must alternate') }}", "must alternate"), ("{{ messages[0].content }}", "drops")],
-)
-def test_a_template_that_cannot_render_is_a_model_error(tiny_model: Path, template: str, reason: str) -> None:
-    tokenizer = models.load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = template
-    with pytest.raises(ModelError, match=reason):
-        models.encode_chat(tokenizer, [Message("user", "a"), Message("user", "b")])
-
-
 def test_the_precision_is_one_the_hardware_has() -> None:
     assert models.choose_precision("cpu") in ("fp32", "bf16")
     assert models.choose_precision("mps") == "fp32"
 
 
-def test_random_weights_are_told_from_pretrained_ones_by_perplexity(tiny_model: Path, tokenizer) -> None:
+def test_random_weights_are_told_from_pretrained_ones_by_perplexity(tiny_model: Path) -> None:
+    tokenizer = models.load_tokenizer(str(tiny_model))
     model = models.load_causal_lm(str(tiny_model))
     found = models.perplexity(model, tokenizer, text=models.PARAGRAPH)
     assert math.isfinite(found)

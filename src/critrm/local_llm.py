@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from critrm import models
 from critrm.attention import PACKED_ATTENTION
+from critrm.encoding import encode_chat
 from critrm.errors import ConfigError, ModelError
 from critrm.generation import Row, Writer, generate
 from critrm.llm import ChatRequest, Reply, Sampling
@@ -57,7 +58,7 @@ class LocalChat:
         writer = self._writer
         rows, too_long = [], []
         for request in window:
-            ids = models.encode_chat(writer.tokenizer, request.messages)
+            ids = encode_chat(writer.tokenizer, request.messages)
             if len(ids) < writer.context:
                 rows.append(Row(request.id, ids, min(sampling.max_tokens, writer.context - len(ids)), sampling.seed))
             else:

@@ -23,17 +23,15 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import TemplateError
 from rich.console import Console
 from rich.table import Table
 
 from critrm.errors import ModelError, StorageError
-from critrm.types import Message
 
 if TYPE_CHECKING:
     # Imported inside the functions: `critrm augment` and `critrm models list` need no torch.
@@ -330,50 +328,6 @@ def choose_precision(device: str) -> Precision:
     except (OSError, UnicodeDecodeError):
         return "fp32"
     return "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "fp32"
-
-
-def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, generation_prompt: bool = True
-) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat format; without one, as `User:` / `Chatbot:` text.
-
-    Only the template's own control tokens become control tokens. A message that spells one (`<|im_end|>`) is encoded
-    as the characters it consists of, and never passes through the template's engine.
-
-    Args:
-        tokenizer: the model's.
-        messages: the conversation.
-        generation_prompt: end with what starts the assistant's next turn.
-
-    Raises:
-        ModelError: the chat template refuses the conversation, for example because its roles do not alternate.
-    """
-    if not tokenizer.chat_template:
-        # One piece of plain text, so that only what the tokenizer always adds (a BOS) is added.
-        text = render_plain(messages, generation_prompt=generation_prompt)
-        return list(tokenizer.encode(text, split_special_tokens=True))
-    rows = [{"role": message.role, "content": f"(critrm:{i})"} for i, message in enumerate(messages)]
-    try:
-        rendered = str(tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt))
-    except TemplateError as error:
-        raise ModelError(f"{tokenizer.name_or_path}: the chat template refuses the conversation ({error}).") from error
-    pieces = re.split(r"\(critrm:(\d+)\)", rendered)
-    if {int(i) for i in pieces[1::2]} != set(range(len(messages))):
-        raise ModelError(f"{tokenizer.name_or_path}: the chat template drops messages.")
-    ids: list[int] = []
-    for position, piece in enumerate(pieces):
-        # Odd positions hold the number of the message that goes there.
-        text = messages[int(piece)].content if position % 2 else piece
-        if text:
-            ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=bool(position % 2))
-    return ids
-
-
-def render_plain(messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
-    """The paper's `User:` / `Chatbot:` text (Appendix A), for models without a chat format."""
-    names = {"user": "User: ", "assistant": "Chatbot: ", "system": ""}
-    turns = [names[message.role] + message.content for message in messages]
-    return "\n\n".join([*turns, "Chatbot:"] if generation_prompt else turns)
 
 
 def command_get(name: str) -> None:
