@@ -39,7 +39,9 @@ demo: models
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
+# A real OpenAI-compatible server is one of the things that are tested slowly.
 slow: models
+	@$(PIP) -c constraints.txt 'transformers[serving]'
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed
@@ -74,5 +76,5 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@echo "Installing critrm and its tools (a minute or two the first time)"
-	@$(PIP) -c constraints.txt -e '.[data,train,embedded,dev]'
+	@$(PIP) -c constraints.txt -e '.[data,train,embedded,ray,dev]'
 	@touch $@
