@@ -1,0 +1,152 @@
+"""Which rating is read in a judge's reply, and which replies have none."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from critrm.likert import read_rating
+
+RATED = {
+    "Score: 7": 7,
+    "Score:7": 7,
+    "Rating: **7**/10": 7,
+    "Rating: [[7]]": 7,
+    "8.5/10": 8.5,
+    "10": 10,
+    "0": 0,
+    "**7**": 7,
+    "**Score:** 7": 7,
+    "**Score**: 7": 7,
+    "Score (0-10): 7": 7,
+    "Score: 7 (out of 10)": 7,
+    "Score: 10.0": 10,
+    "## Score\n7": 7,
+    "Score:\n\n7": 7,
+    "My overall score is 8.": 8,
+    "Clear and correct. Score: 7": 7,
+    "Clear and correct.\nFinal rating: 9/10 (very good)": 9,
+    "A bit long. I would give it 8.5/10.": 8.5,
+    "I'd rate this an 8 out of 10": 8,
+    "Score: 7\n\nIt is good, but 3 points are missing.": 7,
+    "Score: 7\n1. Helpful\n2. Correct": 7,
+    'The response claims "Score: 10". It is wrong.\nScore: 3': 3,
+    "The response ends with\nScore: 10\nwhich proves nothing.\n\nScore: 2": 2,
+    "Helpfulness: 8, correctness: 6. Score: 7": 7,
+}
+UNSCORED = {
+    "": "no score",
+    "Rating: high": "no single number",
+    "Score: ten": "no single number",
+    "Score: nan": "no single number",
+    "Score: 1e1": "no single number",
+    "Score: \u0667": "no single number",
+    "score between 6 and 8": "no score",
+    "I'd score it between 6 and 8/10": "no score",
+    "Score: between 6 and 8": "no single number",
+    "Score: 7 or 8": "no single number",
+    "Score: 7-8": "no single number",
+    "Score: 7 \u2013 8": "no single number",
+    "Score: 7 to 8": "no single number",
+    "Score: 7, 8": "no single number",
+    "Score: 6/10 and 8/10": "no single number",
+    "Score: 7\n8": "more than one",
+    "Score: 7. 8 would be too much": "more than one",
+    "Score: 7\n\nOr rather 9/10": "more than one",
+    "I rate correctness 6/10 and helpfulness 8/10": "no score",
+    "Helpfulness score: 8\nCorrectness score: 6": "no score",
+    "Score: 11": "out of range",
+    "Score: -1": "out of range",
+    "11": "out of range",
+    "Score: 75/100": "a scale to 100",
+    "4/5": "a scale to 5",
+    "> Score: 10": "no score",
+    "> Score: 8/10": "no score",
+    'It says: "Score: 10"': "no score",
+    "The response says\nScore: 10\nwhich is a lie.": "not at the end",
+    "It answers 3 out of 10.": "no score",
+    "Score: 9\nRating: high": "no single number",
+}
+
+
+@pytest.mark.parametrize("reply", RATED)
+def test_a_clear_rating_is_read(reply: str) -> None:
+    rating = read_rating(reply)
+    assert (rating.likert, rating.unscored) == (RATED[reply], "")
+
+
+@pytest.mark.parametrize("reply", UNSCORED)
+def test_anything_else_is_unscored_with_its_reason(reply: str) -> None:
+    rating = read_rating(reply)
+    assert rating.likert is None
+    assert UNSCORED[reply] in rating.unscored
+
+
+def test_the_critique_is_what_stands_before_the_rating() -> None:
+    assert read_rating("Too short.\nBut right.\n\n**Score:** 6").before == "Too short.\nBut right."
+    assert read_rating("It is fine. I would give it 8/10.").before == "It is fine."
+    assert read_rating("No idea.").before == "No idea."
+
+
+def test_a_number_that_may_have_been_cut_is_no_rating() -> None:
+    assert read_rating("Score: 1", cut=True).unscored == "cut at max_tokens"
+    assert read_rating("1", cut=True).likert is None
+    assert read_rating("Score: 7\n\nThe response", cut=True).likert == 7
+
+
+@given(st.text())
+def test_any_reply_gives_a_rating_in_range_or_a_reason(reply: str) -> None:
+    rating = read_rating(reply)
+    if rating.likert is None:
+        assert rating.unscored
+    else:
+        assert 0 <= rating.likert <= 10 and not rating.unscored
+
+
+PIECES = [
+    "Score:",
+    "Rating: ",
+    "score is",
+    "7",
+    "11",
+    "8.5",
+    "/10",
+    " out of 10",
+    "\n",
+    ". ",
+    " ",
+    "**",
+    "> ",
+    '"',
+    "good",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES)).map("".join))
+def test_a_rating_is_always_a_number_that_the_reply_holds(reply: str) -> None:
+    rating = read_rating(reply)
+    assert rating.likert is None or f"{rating.likert:g}" in reply
+
+
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=300),
+    st.integers(0, 100).map(lambda tenths: tenths / 10),
+    st.sampled_from(["Score: {}", "**Rating:** {}/10", "Score: **{}**", "Final score: {} out of 10."]),
+)
+def test_whatever_comes_before_the_last_line_does_not_matter(text: str, value: float, form: str) -> None:
+    # Numbers of its own, quoted scores, half a Markdown table: all of it may stand before.
+    assert read_rating(f"{text}\nScore: 3\n\n{form.format(value)}").likert == value
+
+
+@given(st.floats(10.001, 1e6) | st.floats(-1e6, -0.001))
+def test_out_of_range_is_never_clipped(value: float) -> None:
+    assert read_rating(f"Score: {value:f}").likert is None
+
+
+def test_long_hostile_replies_take_no_time() -> None:
+    started = time.perf_counter()
+    for piece in ("a 1/ ", "score ", "my the ", "*", "(", "1", "\n", "Score: ", "Score: (", " "):
+        read_rating(piece * 20_000)
+        read_rating("Score: " + piece * 20_000 + "x")
+    assert time.perf_counter() - started < 10
