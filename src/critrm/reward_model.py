@@ -5,23 +5,37 @@ and `critrm.json`, which says what it reads (which critic's critiques, how many 
 transformers classifiers loads it.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any, Self
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from critrm import models
-from critrm.attention import PACKED_ATTENTION, Group
+from critrm.architectures import load_classifier
+from critrm.architectures import save_classifier as save_classifier
 from critrm.augment import Budget, text_encoder
-from critrm.batching import EncodedPair, PackedBatch, encode_pair, pack, token_batches
-from critrm.errors import DataError, ModelError
+from critrm.batching import (
+    Candidates,
+    EncodedPair,
+    PackedBatch,
+    encode_candidates,
+    encode_pair,
+    memory_advice,
+    pack,
+    pack_trees,
+    token_batches,
+)
+from critrm.errors import DataError
 from critrm.store import content_hash, from_json, write_text
-from critrm.types import NO_CRITIC, CritiquedPair, Score
+from critrm.types import NO_CRITIC, CritiquedPair, Message, Score
+
+CANDIDATES_WINDOW = 64
+"""So many prompts' candidates are encoded before they are scored, longest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +63,8 @@ class RewardModel:
         Args:
             folder: a folder that `critrm train` wrote, a run's model folder, or a hub id of any one-label classifier.
             device: `cpu`, `cuda`, ...; the best there is when None.
-            precision: `fp32`, `bf16`, or `auto` (bf16 where the hardware computes in it).
+            precision: `fp32`, `bf16`, or `auto` (bf16 where the hardware computes in it). In bf16 the weights of matrix
+                products are kept in bf16 alone; the head and what is added up between the layers stay in fp32.
 
         Raises:
             ModelError: there is no model, or it has more than one label.
@@ -57,11 +72,13 @@ class RewardModel:
         path = Path(folder)
         facts = path / "critrm.json"
         reads = from_json(Reads, json.loads(facts.read_text(encoding="utf-8"))) if facts.is_file() else Reads()
-        model, tokenizer = _load_classifier(str(folder))
+        model, tokenizer = load_classifier(str(folder))
         loaded = cls(model, tokenizer, reads, name=str(folder))
         device = device or models.choose_device()
         loaded.precision = models.choose_precision(device) if precision == "auto" else precision
         loaded.model.train(False)
+        if loaded.precision == "bf16":
+            _cast_products(loaded.model)
         torch.nn.Module.to(loaded.model, device)  # transformers' own `to` is not typed
         return loaded
 
@@ -69,7 +86,7 @@ class RewardModel:
     def from_backbone(cls, backbone: str, reads: Reads, *, seed: int) -> Self:
         """Put a new scalar head on a pretrained language model; the head is drawn with `seed` (section 3.2)."""
         torch.manual_seed(seed)
-        model, tokenizer = _load_classifier(str(models.resolve(backbone)), new_head=True)
+        model, tokenizer = load_classifier(str(models.resolve(backbone)), new_head=True)
         return cls(model, tokenizer, reads, name=backbone)
 
     precision: str = "fp32"
@@ -90,7 +107,6 @@ class RewardModel:
         budget = Budget(self.reads.max_length)
         return encode_pair(item, self._encode, bos=self._bos, budget=budget, margin=margin)
 
-    @torch.inference_mode()
     def score(
         self,
         pairs: Iterable[CritiquedPair],
@@ -107,27 +123,123 @@ class RewardModel:
 
         Returns:
             One score per pair, in the given order.
+
+        Raises:
+            DataError: two pairs have one id.
+            ModelError: memory does not suffice for so many tokens at once.
         """
-        self.model.train(False)
         scores: dict[str, Score | None] = {}
 
-        def encoded() -> Iterable[EncodedPair]:
+        def seen() -> Iterator[CritiquedPair]:
             for item in pairs:
                 if item.pair.id in scores:
                     raise DataError("two pairs have this id; ids must be unique", field=f"id {item.pair.id}")
                 scores[item.pair.id] = None  # keeps the given order
-                yield self.encode(item)
+                yield item
 
-        for batch in token_batches(encoded(), max_tokens_per_step=max_tokens_per_step):
-            rewards = self.rewards(pack(batch)).float().cpu().tolist()
-            for pair, (chosen, rejected) in zip(batch, rewards, strict=True):
-                scores[pair.pair_id] = Score(pair.pair_id, chosen, rejected)
-            if on_progress:
-                on_progress(len(batch))
+        for score in self.score_stream(seen(), max_tokens_per_step=max_tokens_per_step, on_progress=on_progress):
+            scores[score.pair_id] = score
         return [score for score in scores.values() if score is not None]
 
+    def score_stream(
+        self,
+        pairs: Iterable[CritiquedPair],
+        *,
+        max_tokens_per_step: int = 4096,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Score]:
+        """Reward pairs as they come, in memory that does not grow with their number.
+
+        Scores come as they are done: by window of 256 pairs, within it the longest first. The same pairs in the same
+        order give the same bits on the same machine. Ids are not checked for being unique; see `score` for the rest.
+        """
+        self.model.train(False)
+        encoded = (self.encode(item) for item in pairs)
+        for batch in token_batches(encoded, max_tokens_per_step=max_tokens_per_step):
+            rewards = self._computed(pack(batch))
+            for pair, (chosen, rejected) in zip(batch, rewards.tolist(), strict=True):
+                yield Score(pair.pair_id, chosen, rejected)
+            if on_progress:
+                on_progress(len(batch))
+
+    def score_completions(
+        self, prompt: Sequence[Message], completions: Sequence[str], *, critiques: Sequence[str] | None = None
+    ) -> list[float]:
+        """Reward completions of one prompt (best-of-n); the prompt is read once.
+
+        Args:
+            prompt: the conversation so far.
+            completions: what could follow it.
+            critiques: one of each completion; None where the model reads none.
+
+        Returns:
+            One reward per completion, in the given order.
+
+        Raises:
+            DataError: there are critiques, but not one per completion.
+        """
+        each = tuple((critique,) for critique in critiques or ())
+        candidates = Candidates(prompt=tuple(prompt), completions=tuple(completions), critiques=each)
+        return [rewards[0] for rewards in next(self.score_candidates([candidates]))]
+
+    def score_candidates(
+        self,
+        candidates: Iterable[Candidates],
+        *,
+        max_tokens_per_step: int = 4096,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Iterator[list[list[float]]]:
+        """Reward the completions of many prompts, each with any number of critiques, in constant memory.
+
+        A prompt is read once for all its completions, and a completion once for all its critiques.
+
+        Args:
+            candidates: prompts with their completions and critiques.
+            max_tokens_per_step: how many tokens are computed at once; does not change the rewards. Where one prompt's
+                candidates are longer, they are read in parts, each with the prompt again.
+            on_progress: called with the number of prompts done.
+
+        Yields:
+            For each prompt, in the given order: by completion, by critique (one without critiques), the reward.
+
+        Raises:
+            DataError: there are critiques, but not for every completion.
+            ModelError: memory does not suffice for so many tokens at once.
+        """
+        self.model.train(False)
+        limits: dict[str, Any] = {
+            "bos": self._bos,
+            "budget": Budget(self.reads.max_length),
+            "max_tokens": max_tokens_per_step,
+        }
+        stream = iter(candidates)
+        while window := list(itertools.islice(stream, CANDIDATES_WINDOW)):
+            trees = (
+                tree
+                for number, each in enumerate(window)
+                for tree in encode_candidates(each, self._encode, **limits, number=number)
+            )
+            rewards = [
+                [[0.0] * len(of_one) for of_one in each.critiques or ((None,),) * len(each.completions)]
+                for each in window
+            ]
+            for batch in token_batches(trees, max_tokens_per_step=max_tokens_per_step):
+                places = [place for tree in batch for place in tree.places]
+                for (number, i, j), reward in zip(places, self._computed(pack_trees(batch)).tolist(), strict=True):
+                    rewards[number][i][j] = reward
+            yield from rewards
+            if on_progress:
+                on_progress(len(window))
+
+    @torch.inference_mode()
+    def _computed(self, batch: PackedBatch) -> torch.Tensor:
+        n_tokens = batch.input_ids.shape[1]
+        advice = f"A step held {n_tokens} tokens: lower --max-tokens-per-step, or --max-length if it is one pair's."
+        with memory_advice(advice):
+            return self.rewards(batch).float().cpu()
+
     def rewards(self, batch: PackedBatch) -> torch.Tensor:
-        """(n_pairs, 2) rewards of a packed batch, chosen first."""
+        """Rewards of a packed batch, in the shape of its `score_positions`: (n_pairs, 2), chosen first, for pairs."""
         device = self.model.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             rewards: torch.Tensor = self.model(
@@ -148,71 +260,12 @@ class RewardModel:
         write_text(folder / "critrm.json", json.dumps(asdict(self.reads), indent=2) + "\n")
 
 
-def save_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save in full precision, without the packed attention, which only critrm has."""
-    with models.quiet():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
 
 
-def _load_classifier(name: str, *, new_head: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = models.load_tokenizer(name)
-    try:
-        # Quiet, since transformers warns of a new head, which is the point of `from_backbone`.
-        with models.quiet():
-            model, facts = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                num_labels=1,
-                dtype=torch.float32,
-                attn_implementation=PACKED_ATTENTION,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: cannot be loaded as a reward model ({error})") from error
-    if not new_head and facts["missing_keys"]:
-        raise ModelError(
-            f"{name}: no reward model: its weights lack {', '.join(sorted(facts['missing_keys']))}. "
-            "A backbone becomes one with `critrm train`."
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.forward = MethodType(_packed_forward(type(model)), model)
-    return model, tokenizer
-
-
-def _packed_forward(model_type: type[PreTrainedModel]) -> Callable[..., Any]:
-    """The classifier's forward, which also takes a packed row.
-
-    It replaces `forward` on the instance, so that LoRA, DDP, FSDP and autocast, which all wrap or call `forward`, work
-    on packed rows as on plain ones.
-    """
-
-    def forward(
-        self: Any,
-        input_ids: torch.Tensor | None = None,
-        *,
-        score_positions: torch.Tensor | None = None,
-        groups: Sequence[Group] = (),
-        position_ids: Any = None,
-        **plain: Any,
-    ) -> Any:
-        if score_positions is None:
-            return model_type.forward(self, input_ids, position_ids=position_ids, **plain)
-        # A mask of four dimensions is passed on as it is, so none is built: the groups say who sees whom.
-        no_mask = position_ids.new_empty(1, 1, 1, 1)
-        hidden = self.base_model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=no_mask,
-            groups=tuple(groups),
-            use_cache=False,
-        ).last_hidden_state
-        rewards: torch.Tensor = self.score(hidden[0, score_positions]).squeeze(-1)
-        return rewards.float()
-
-    return forward
+def _cast_products(model: PreTrainedModel) -> None:
+    """Keep in bf16 what autocast would cast to it anew in every step: the same scores, sooner and in less memory."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "score":
+            module.to(torch.bfloat16)
