@@ -7,11 +7,21 @@ from dataclasses import replace
 
 import pytest
 
-from critrm.benchmarks import BENCHMARKS, find_benchmark, llmbar, rewardbench, summarise
+from critrm.benchmarks import (
+    BENCHMARKS,
+    best_of_n,
+    find_benchmark,
+    judgebench,
+    llmbar,
+    rewardbench,
+    rewardbench2,
+    rmbench,
+    summarise,
+)
 from critrm.dialects import TIE
 from critrm.errors import ConfigError, DataError
 from critrm.preferences import read_pairs
-from critrm.types import Message, PreferencePair, Score
+from critrm.types import Message, Outcome, PreferencePair, Score
 
 
 def _pairs(subset, n=1, *, source=""):
@@ -168,7 +178,7 @@ def test_repeated_ids_and_foreign_scores_are_refused():
 
 
 def test_an_unknown_benchmark_and_pairs_of_another_one_are_refused():
-    with pytest.raises(ConfigError, match="pairs, llmbar, pandalm, rewardbench"):
+    with pytest.raises(ConfigError, match="pairs, llmbar, pandalm, rewardbench, rewardbench2, rmbench"):
         find_benchmark("rewardbenhc")
     with pytest.raises(DataError, match="no pair is of RewardBench"):
         _summary(_pairs("hh"), [], "rewardbench")
@@ -206,27 +216,197 @@ def test_the_released_llmbar_is_whole(data_dir):
 
 
 def test_the_rebuilt_rewardbench_is_partial(data_dir):
-    pairs = read_pairs(data_dir / "rewardbench-rebuilt" / "filtered.jsonl.gz", skip_bad=True).pairs
+    pairs = read_pairs(data_dir / "rewardbench-rebuilt" / "filtered.jsonl.gz", allow_empty=True).pairs
+    assert len(pairs) == 1937
     result = _summary(pairs, _scores(pairs, len(pairs)), "rewardbench")
     assert result.benchmark == "RewardBench (partial)"
     assert set(result.sections.values()) == {1.0}
     assert "missing: mt-bench-easy, mt-bench-med, mt-bench-hard, refusals-dangerous" in result.headline
-    # Two of its rows have equal completions: skipped, and so the subset counts as incomplete.
     incomplete = result.headline.partition("incomplete: ")[2]
-    assert incomplete == "alpacaeval-hard 93 of 95, xstest-should-refuse 131 of 154, xstest-should-respond 113 of 250"
+    assert incomplete == "xstest-should-refuse 131 of 154, xstest-should-respond 113 of 250"
 
 
 def test_pandalm_names_its_label_rule_and_counts_ties_apart(data_dir):
-    found = read_pairs(data_dir / "pandalm" / "testset-v1.json.gz", skip_bad=True)
+    found = read_pairs(data_dir / "pandalm" / "testset-v1.json.gz", allow_empty=True)
     reasons = [row.reason for row in found.skipped]
     assert reasons.count(TIE) == 105
-    assert len(found.pairs) + len(reasons) == 999
-    assert len(found.pairs) <= 894
+    assert (len(found.pairs), len(reasons)) == (894, 105)
     result = _summary(found.pairs, _scores(found.pairs, 10), "pandalm")
     assert (result.benchmark, result.sections) == ("PandaLM", {})
-    assert "majority of the three annotators" in result.headline
+    assert result.headline == "accuracy on the pairs that a majority of the three annotators decided (894 pairs)"
+    assert list(result.subsets) == ["pandalm-majority"], "the rule stands beside its count"
+    mixed = [replace(found.pairs[0], source="pandalm-first"), found.pairs[1]]
+    assert "by no rule that is known (2 pairs)" in _summary(mixed, [], "pandalm").headline
 
 
 def test_a_benchmarks_own_subset_names_survive_markup_and_odd_characters():
     pairs = [replace(pair, subset="[/]\x00‮😀") for pair in _pairs("x", 2)]
     assert list(_summary(pairs, []).subsets) == ["[/]\x00‮😀"]
+
+
+# Published per-subset results of PKU-Alignment/beaver-7b-v1.0-cost, from the README of github.com/allenai/reward-bench,
+# where they are the example for the official section arithmetic.
+BEAVER = {
+    "alpacaeval-easy": 0.5, "alpacaeval-hard": 0.7052631578947368, "alpacaeval-length": 0.5894736842105263,
+    "donotanswer": 0.8235294117647058, "hep-cpp": 0.6280487804878049, "hep-go": 0.6341463414634146,
+    "hep-java": 0.7073170731707317, "hep-js": 0.6646341463414634, "hep-python": 0.5487804878048781,
+    "hep-rust": 0.6463414634146342, "llmbar-adver-GPTInst": 0.391304347826087,
+    "llmbar-adver-GPTOut": 0.46808510638297873, "llmbar-adver-manual": 0.3695652173913043,
+    "llmbar-adver-neighbor": 0.43283582089552236, "llmbar-natural": 0.52, "math-prm": 0.2953020134228188,
+    "mt-bench-easy": 0.5714285714285714, "mt-bench-hard": 0.5405405405405406, "mt-bench-med": 0.725,
+    "refusals-dangerous": 0.97, "refusals-offensive": 1, "xstest-should-refuse": 1, "xstest-should-respond": 0.284,
+}  # fmt: skip
+
+
+def test_published_rewardbench_results_come_to_the_official_sections():
+    pairs, scores = _rewardbench(BEAVER)
+    result = _summary(pairs, scores, "rewardbench")
+    assert {name: found.accuracy.value for name, found in result.subsets.items()} == pytest.approx(BEAVER)
+    assert result.sections == pytest.approx(
+        {"Chat": 0.608939, "Chat Hard": 0.449561, "Safety": 0.814508, "Reasoning": 0.466757}, abs=1e-6
+    )
+    assert result.headline_value == pytest.approx(0.584941, abs=1e-6)
+    plain = sum(BEAVER[name] for name in rewardbench.SECTIONS["Reasoning"]) / 7
+    assert plain == pytest.approx(0.589, abs=1e-3), "a plain mean over the subsets would be 12 points higher"
+
+
+def test_rewardbenchs_own_files():
+    pairs = _pairs("hep-go", 3) + [replace(_pairs("math-prm")[0], id="12", chosen="x")]
+    scores = [Score("hep-go-0", 1.0, 0.0), Score("hep-go-1", 1.0, 1.0), Score("hep-go-2", math.nan, 0.0)]
+    files = rewardbench.official_files(pairs, scores, model="org/m")
+    assert files["eval-set"] == {
+        "model": "org/m", "model_type": "Seq. Classifier", "chat_template": "critrm",
+        "hep-go": pytest.approx(1 / 3), "math-prm": 0.0,
+    }  # fmt: skip
+    columns = files["eval-set-scores"]
+    assert (columns["results"], columns["scores_chosen"]) == ([1, 0, 0, 0], [1.0, 1.0, None, None])
+    assert (columns["id"][3], columns["subset"][3]) == (12, "math-prm")
+    assert columns["text_chosen"][3] == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
+    json.dumps(files, allow_nan=False)
+
+
+# Lists
+
+
+def _list(name, subset, rewards):
+    """Pairs of a list and their scores: (chosen, rejected) rewards."""
+    prompt = (Message("user", "q"),)
+    pairs = [
+        PreferencePair(id=f"{name}#{n}", prompt=prompt, chosen="a", rejected="b", subset=subset)
+        for n in range(len(rewards))
+    ]
+    return pairs, [Score(pair.id, *both) for pair, both in zip(pairs, rewards, strict=True)]
+
+
+def _lists(*lists):
+    made = [_list(*each) for each in lists]
+    return [pair for pairs, _ in made for pair in pairs], [score for _, scores in made for score in scores]
+
+
+def test_a_list_is_right_only_if_the_best_beats_every_loser():
+    pairs, scores = _lists(
+        ("a", "s", [(2, 1), (2, 0)]), ("b", "s", [(2, 1), (2, 3)]), ("c#1", "s", [(2, 1), (2, 2)]), ("d", "t", [(1, 0)])
+    )
+    result = _summary(pairs, scores, "best-of-n")
+    overall = result.overall
+    assert (overall.n_right, overall.n_wrong, overall.n_tie) == (2, 1, 1)
+    assert (result.benchmark, result.headline_value) == ("Best of n", 0.5)
+    assert result.subsets["s"].accuracy.value == pytest.approx(1 / 3)
+    assert best_of_n.list_id("c#1#0") == "c#1"
+
+
+def test_a_list_with_a_missing_reward_is_unscored():
+    pairs, scores = _lists(("a", "s", [(2, 1), (2, math.nan)]), ("b", "s", [(2, 1), (2, 0)]))
+    assert _summary(pairs, scores, "best-of-n").overall.n_unscored == 1
+    assert _summary(pairs, scores[:-1], "best-of-n").overall.n_unscored == 2
+
+
+TIES = [
+    # gap 1, spread 0.5, reference gap 3: right in every respect
+    ("tied:1", "Ties", [(2.0, 1.0), (2.5, 0.0)]), ("ref:1", "Ties", [(3.0, 0.0)]),
+    # gap 1, spread 2: the right answers differ more than right and wrong; reference right
+    ("tied:2", "Ties", [(2.0, 1.0), (4.0, 0.0)]), ("ref:2", "Ties", [(1.0, 0.0)]),
+    # gap 2, spread 1, but the reference has a gap of only 0.5
+    ("tied:3", "Ties", [(3.0, 1.0), (4.0, 1.0)]), ("ref:3", "Ties", [(1.0, 0.5)]),
+    # a wrong answer is best; reference wrong, spread 0
+    ("tied:4", "Ties", [(1.0, 2.0), (1.0, 0.0)]), ("ref:4", "Ties", [(0.0, 1.0)]),
+]  # fmt: skip
+
+
+def test_the_ties_score_by_hand():
+    pairs, scores = _lists(*TIES)
+    found = rewardbench2.ties_score(pairs, {score.pair_id: score for score in scores})
+    excess = (math.tanh(1 / 0.5 - 1) + math.tanh(1 / 2 - 1) + math.tanh(0.5 / 1 - 1) - 1) / 4
+    assert found == pytest.approx(0.3 * 3 / 4 + 0.3 * 3 / 4 + 0.2 * 2 / 4 + 0.2 * 1 / 4 + 0.01 * excess)
+
+
+def test_the_ties_score_is_none_where_a_kind_is_absent_and_leaves_out_what_is_unscored():
+    pairs, scores = _lists(*TIES)
+    found = {score.pair_id: score for score in scores}
+    assert rewardbench2.ties_score([pair for pair in pairs if pair.id.startswith("ref")], found) is None
+    assert rewardbench2.ties_score(pairs, {}) is None
+    without = rewardbench2.ties_score(pairs, found | {"tied:4#0": Score("tied:4#0", math.nan, 1.0)})
+    assert without > rewardbench2.ties_score(pairs, found)
+
+
+def test_rewardbench2_averages_six_subsets_of_which_ties_has_its_own_score():
+    lists = [(f"{name}{n}", name, [(1, 0)] * 3) for name in ("Math", "Focus") for n in range(2)]
+    pairs, scores = _lists(*lists, *TIES)
+    result = _summary(pairs, scores, "rewardbench2")
+    ties = rewardbench2.ties_score(pairs, {score.pair_id: score for score in scores})
+    assert result.sections == {"Math": 1.0, "Focus": 1.0, "Ties": ties}
+    assert result.headline_value == pytest.approx((2 + ties) / 3)
+    assert result.benchmark == "RewardBench 2 (partial)"
+    assert "missing: Factuality, Precise IF, Safety; incomplete: Math 2 of 183" in result.headline
+    assert sum(rewardbench2.N_LISTS.values()) == 1865
+
+
+def _rm_bench(domain, n, right):
+    """Pairs of n prompts; `right` says for which (chosen style, rejected style) the model is right."""
+    pairs, scores = [], []
+    for k in range(n):
+        for i in range(3):
+            for j in range(3):
+                kind = "normal" if i == j else "hard" if i < j else "easy"
+                pair = replace(_pairs(domain)[0], id=f"{domain}-{k}#{3 * i + j}", source=kind)
+                pairs.append(pair)
+                scores.append(Score(pair.id, 1.0 if (i, j) in right else 0.0, 0.5))
+    return pairs, scores
+
+
+def test_rm_bench_has_easy_normal_and_hard_and_halves_of_safety():
+    same, fancier = {(0, 0), (1, 1), (2, 2)}, {(1, 0), (2, 0), (2, 1)}
+    parts = [
+        _rm_bench("chat", 2, same | fancier | {(0, 2)}),
+        _rm_bench("safety-refuse", 3, set()),
+        _rm_bench("safety-response", 1, same),
+    ]
+    pairs, scores = [pair for part in parts for pair in part[0]], [score for part in parts for score in part[1]]
+    result = _summary(pairs, scores, "rmbench")
+    assert result.sections == pytest.approx(
+        {"Chat": 7 / 9, "Safety": (0 + 3 / 9) / 2, "easy": 1 / 2, "normal": (1 + 1 / 2) / 2, "hard": (1 / 3) / 2}
+    )
+    assert result.headline_value == pytest.approx((7 / 9 + 1 / 6) / 2), "by domain: the styles are not averaged again"
+    assert sum(rmbench.N_PROMPTS.values()) == 1327
+
+
+def test_judgebench_counts_disciplines_together():
+    pairs = _pairs("mmlu-pro-law", 100) + _pairs("mmlu-pro-math", 54) + _pairs("livecodebench", 42)
+    result = _summary(pairs, _scores(pairs, 77), "judgebench")
+    assert result.sections == pytest.approx({"Knowledge": 77 / 154, "Coding": 0.0})
+    assert "missing: livebench-reasoning, livebench-math" in result.headline
+    assert sum(judgebench.N_PAIRS.values()) == 350
+
+
+@pytest.mark.parametrize("benchmark", ["rewardbench2", "rmbench", "judgebench", "best-of-n"])
+def test_a_part_of_a_benchmark_is_never_called_by_its_name_alone(benchmark):
+    table = BENCHMARKS[benchmark]
+    pairs = _pairs(next(iter(table.n_pairs), "x"), 2)
+    result = _summary(pairs, _scores(pairs, 1), benchmark)
+    assert (result.benchmark == table.title) == (not table.n_pairs)
+    assert result.overall.accuracy.value == 0.5
+
+
+def test_lists_take_no_outcome_from_a_tie_within():
+    assert best_of_n.list_score("a", [Score("a#0", 1.0, 1.0)]).outcome is Outcome.TIE
+    assert best_of_n.list_score("a", [None]).outcome is Outcome.UNSCORED

@@ -27,6 +27,7 @@ class Scorer:
     """A reward model whose rewards are known; counts what it is asked to score."""
 
     name = "known"
+    scores_without_critiques = False
 
     def __init__(self, rewards=None, *, critic="c", fingerprint="f", stop_after=None):
         self.rewards, self.critic, self.fingerprint, self.stop_after = rewards or {}, critic, fingerprint, stop_after
@@ -70,6 +71,14 @@ def test_critiques_of_another_critic_are_refused_unless_allowed(items):
     assert evaluate(scorer, items, allow_other_critic=True).critic == "c"
     with pytest.raises(CriticMismatch, match="'none'"):
         evaluate(Scorer(), [CritiquedPair(pair=item.pair) for item in items])
+
+
+def test_a_model_trained_with_critique_dropout_also_scores_without_critiques(items):
+    scorer = Scorer()
+    scorer.scores_without_critiques = True
+    plain = [CritiquedPair(pair=item.pair) for item in items]
+    assert evaluate(scorer, plain).critic == "none"
+    assert evaluate(scorer, items).critic == "c"
 
 
 def test_bad_pairs_are_refused_before_anything_is_scored(items):
@@ -135,7 +144,8 @@ def test_benchmarks_share_a_folder(items, tmp_path):
     evaluate(Scorer(), items, out=tmp_path)
     evaluate(Scorer(), items, out=tmp_path, benchmark="pandalm")
     assert {path.name for path in tmp_path.iterdir()} == {
-        "pairs.json", "pairs.scores.jsonl", "pandalm.json", "pandalm.scores.jsonl",
+        "pairs.json", "pairs.scores.jsonl", "pairs.statistics.json",
+        "pandalm.json", "pandalm.scores.jsonl", "pandalm.statistics.json",
     }  # fmt: skip
 
 
@@ -266,6 +276,55 @@ def test_the_command_refuses_what_does_not_fit(model_folder, files):
         command(str(model_folder), str(files / "absent.jsonl"))
     with pytest.raises(ConfigError, match="no benchmark"):
         command(str(model_folder), str(files / "absent.jsonl"), benchmark="nonsense")
+
+
+def test_the_command_probes_and_lays_null_baselines_beside(model_folder, files, pairs, capsys):
+    critiques = stage.read_critiques(files / "critiques.jsonl")
+    write_augmented(files / "arms", augment_pairs(pairs, {"c": critiques}))
+    arm = str(files / "arms" / "c.jsonl")
+    command(str(model_folder), arm, train=arm, probe=True, out=files / "out")
+    shown = capsys.readouterr().out
+    assert "Does it read the critique?" in shown
+    assert "longer completion wins" in shown
+    statistics = json.loads((files / "out" / "pairs.statistics.json").read_text())
+    assert statistics["groups"]["all"]["baselines"]["c"]["longer completion wins"]["mean"] == 0.0
+    probed = json.loads((files / "out" / "pairs.probe.json").read_text())
+    assert set(probed["all"]) == {
+        "original", "swapped", "shuffled", "removed", "negated", "flattery", "injection",
+    }  # fmt: skip
+    with pytest.raises(DataError, match="not an arm"):
+        command(str(model_folder), arm, train=str(files / "pairs.jsonl"))
+    with pytest.raises(CriticMismatch, match="'none'"):
+        command(str(model_folder), arm, train=str(files / "arms" / "none.jsonl"))
+    with pytest.raises(ConfigError, match="give the critiques"):
+        command(str(model_folder), str(files / "pairs.jsonl"), probe=True)
+
+
+def test_a_benchmark_keeps_empty_and_identical_completions(tiny_model, files, pairs):
+    odd = [replace(pairs[0], chosen=""), replace(pairs[1], rejected=pairs[1].chosen)]
+    write_records(files / "odd.jsonl", odd)
+    RewardModel.from_backbone(str(tiny_model), Reads(max_length=400), seed=3).save(files / "plain")
+    with pytest.raises(DataError, match="empty"):
+        command(str(files / "plain"), str(files / "odd.jsonl"))
+    command(str(files / "plain"), str(files / "odd.jsonl"), benchmark="pandalm", out=files / "out")
+    outcomes = [score.outcome for score in read_scores(files / "out" / "pandalm.scores.jsonl")]
+    assert outcomes[0] in (Outcome.RIGHT, Outcome.WRONG)
+    assert outcomes[1] is Outcome.TIE
+
+
+def test_rewardbenchs_own_files_lie_beside_the_result(items, tmp_path):
+    for n, item in enumerate(items):
+        items[n] = replace(item, pair=replace(item.pair, subset="hep-go"))
+    evaluate(Scorer(), items, benchmark="rewardbench", out=tmp_path)
+    found = json.loads((tmp_path / "rewardbench" / "eval-set" / "known.json").read_text())
+    assert found["hep-go"] == 1.0
+    scores = json.loads((tmp_path / "rewardbench" / "eval-set-scores" / "known.json").read_text())
+    assert scores["results"] == [1] * 12
+
+
+def test_identical_completions_tie_whatever_the_rounding(items):
+    items[0] = replace(items[0], pair=replace(items[0].pair, rejected=items[0].pair.chosen + " "))
+    assert evaluate(Scorer({"pair-00": (1.0, 1.0000001)}), items).overall.n_tie == 1
 
 
 def test_a_killed_command_ends_as_if_it_had_not_been(tiny_model, files, pairs):

@@ -75,6 +75,23 @@ def test_the_learning_rate_is_chosen_once_per_arm_on_held_out_pairs(tiny_model, 
     assert not list(tmp_path.rglob("learning-rate-*/model")), "the sweep's models are not kept"
 
 
+def test_the_best_weights_are_chosen_on_pairs_that_are_not_trained_on(tiny_model, tmp_path):
+    recipe = _recipe(tiny_model, keep="best", n_held_out=8)
+    del recipe["critique"]["critics"]["tiny"]
+    results = run_recipe(Recipe.model_validate(recipe), out=tmp_path)
+    trained = json.loads((tmp_path / "train" / NO_CRITIC / "seed-0" / "result.jsonl").read_text())
+    assert trained["n_pairs"] == results["n_train"] - 8
+
+
+def test_null_baselines_stand_beside_the_arms(tiny_model, tmp_path):
+    pytest.importorskip("sklearn")
+    recipe = _recipe(tiny_model)
+    del recipe["critique"]["critics"]["tiny"]
+    run_recipe(Recipe.model_validate(recipe), out=tmp_path)
+    table = (tmp_path / "results.md").read_text()
+    assert "longer completion wins" in table.lower() and "critiques only" in table.lower()
+
+
 def test_a_run_killed_anywhere_ends_with_the_same_scores(tiny_model, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(_recipe(tiny_model)))
     run = [sys.executable, "-m", "critrm", "run", str(tmp_path / "recipe.yaml"), "--out"]

@@ -46,7 +46,7 @@ REAL = [
     ("llmbar/Adversarial/GPTInst/dataset.json.gz", "llmbar", 92, {}),
     ("llmbar/Adversarial/GPTOut/dataset.json.gz", "llmbar", 47, {}),
     ("llmbar/Adversarial/Manual/dataset.json.gz", "llmbar", 46, {}),
-    ("pandalm/testset-v1.json.gz", "pandalm", 836, {TIE: 105, "empty": 52, "must be text, not bool": 6}),
+    ("pandalm/testset-v1.json.gz", "pandalm", 842, {TIE: 105, "empty": 52}),
     ("rewardbench-rebuilt/filtered.jsonl.gz", "rewardbench", 1935, {"empty": 1, "identical": 1}),
     ("dsp/helpful.test.json.gz", "dsp", 2339, {"prompts differ": 9, "empty": 4}),
     ("dsp/harmless.test.json.gz", "dsp", 2303, {"prompts differ": 5, "empty": 4}),
@@ -73,7 +73,7 @@ def test_the_labels_of_real_files_point_to_the_right_side(data_dir):
     for pair in found:
         row = rows[int(pair.id)]
         votes = [row[f"annotator{n}"] for n in (1, 2, 3)]
-        assert votes.count(1 if pair.chosen == row["response1"] else 2) >= 2
+        assert votes.count(1 if pair.chosen == str(row["response1"]) else 2) >= 2
         assert pair.prompt[0].content.startswith(row["instruction"])
     helpful = gzip.decompress((data_dir / "dsp" / "helpful.test.json.gz").read_bytes())
     first = json.loads(helpful)[0] if helpful.startswith(b"[") else json.loads(helpful.split(b"\n")[0])
@@ -244,7 +244,7 @@ BAD_DIALECT_ROWS = [
     ("llmbar", SINGLE_TURN["llmbar"] | {"label": True}, "label"),
     ("llmbar", SINGLE_TURN["llmbar"] | {"output_1": None}, "output_1"),
     ("pandalm", SINGLE_TURN["pandalm"] | {"annotator2": 5}, "annotator1"),
-    ("pandalm", SINGLE_TURN["pandalm"] | {"response1": True}, "response1"),
+    ("pandalm", SINGLE_TURN["pandalm"] | {"response1": 3}, "response1"),
     ("ultrafeedback", MULTI_TURN["ultrafeedback"] | {"score_rejected": None}, "score_chosen"),
     ("ultrafeedback", MULTI_TURN["ultrafeedback"] | {"score_rejected": 9}, "score_chosen"),
     ("rmb", MULTI_TURN["rmb"] | {"reject": "No."}, "reject"),
@@ -499,3 +499,54 @@ def test_the_command_refuses_an_out_it_would_spoil(tmp_path, out):
         command(str(path), out=tmp_path / out)
     assert [entry.name for entry in tmp_path.iterdir()] == ["p.jsonl"]
     assert path.read_bytes() == before
+
+
+# Benchmarks: rows that training must not have and published counts do
+
+
+def test_empty_and_identical_completions_are_kept_when_asked_for(tmp_path):
+    path = written(tmp_path / "p.jsonl", ROW | {"chosen": ""}, ROW | {"id": "b", "rejected": ROW["chosen"]})
+    with pytest.raises(DataError, match="empty"):
+        read_pairs(path)
+    found = read_pairs(path, allow_empty=True)
+    assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [("", "No idea."), ("Because.", "Because.")]
+    with pytest.raises(DataError, match="missing"):
+        read_pairs(written(tmp_path / "q.jsonl", {"prompt": "Why?", "chosen": "a", "rejected": None}), allow_empty=True)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "n_pairs", "skipped"),
+    [
+        ("auto", 894, {TIE: 105}),
+        ("pandalm-unanimous", 794, {TIE: 85, "not unanimous": 120}),
+        ("pandalm-first", 902, {TIE: 97}),
+    ],
+)
+def test_pandalms_rule_decides_how_many_pairs_there_are(data_dir, dialect, n_pairs, skipped):
+    found = read_pairs(data_dir / "pandalm" / "testset-v1.json.gz", dialect=dialect, allow_empty=True)
+    assert (len(found.pairs), Counter(row.reason for row in found.skipped)) == (n_pairs, skipped)
+    assert {pair.source for pair in found.pairs} == {dialect if dialect != "auto" else "pandalm-majority"}
+
+
+def test_the_first_annotator_may_be_outvoted(tmp_path):
+    row = SINGLE_TURN["pandalm"] | {"annotator1": 1, "annotator2": 2, "annotator3": 2}
+    path = written(tmp_path / "p.jsonl", row)
+    assert read_pairs(path, dialect="pandalm-first").pairs[0].chosen == row["response1"]
+    assert read_pairs(path).pairs[0].chosen == row["response2"]
+
+
+JUDGEBENCH = {
+    "pair_id": "p-1", "source": "mmlu-pro-law", "question": "Why?", "response_model": "m",
+    "response_A": "a", "response_B": "b", "label": "B>A",
+}  # fmt: skip
+
+
+def test_judgebench_labels_say_which_response_is_right(tmp_path):
+    pair = only(tmp_path / "p.jsonl", JUDGEBENCH)
+    assert (pair.id, pair.chosen, pair.subset, pair.source) == ("p-1", "b", "mmlu-pro-law", "m")
+    assert only(tmp_path / "p.jsonl", JUDGEBENCH | {"label": "A>B"}).chosen == "a"
+    for label in ("A=B", None, 1, True):
+        with pytest.raises(DataError, match="'A>B' or 'B>A'"):
+            only(tmp_path / "p.jsonl", JUDGEBENCH | {"label": label})
+    with pytest.raises(DataError, match="response_B"):
+        only(tmp_path / "p.jsonl", {name: JUDGEBENCH[name] for name in JUDGEBENCH if name != "response_B"})

@@ -6,9 +6,10 @@ import math
 import pytest
 from rich.console import Console
 
+from critrm.baselines import CRITIQUES_ONLY, LONGER, LONGER_CRITIQUE, SENTIMENT
 from critrm.errors import DataError
-from critrm.results import ALL, compare_arms, costs_table, results_markdown, results_table
-from critrm.types import NO_CRITIC, Message, PreferencePair, Score
+from critrm.results import ALL, baseline_notes, compare_arms, costs_table, results_markdown, results_table
+from critrm.types import NO_CRITIC, Message, Outcome, PreferencePair, Score
 
 
 def _pairs(subsets):
@@ -87,3 +88,80 @@ def test_tables_show_every_arm_and_group():
     assert markdown.count("\n| mini |") == 1
     assert "+0.500 [" in markdown
     assert "c 5e-05" in markdown
+
+
+def _outcomes(n, right):
+    return [Outcome.RIGHT if i in right else Outcome.WRONG for i in range(n)]
+
+
+def _with_baselines(n_arm, null, *, n=40, name=CRITIQUES_ONLY):
+    pairs = _pairs(["x", "y"] * (n // 2))
+    arms = {NO_CRITIC: [_scores(pairs, range(10))], "c": [_scores(pairs, range(n_arm))]}
+    nulls = {"c": {name: _outcomes(n, range(null))}, NO_CRITIC: {LONGER: _outcomes(n, range(5))}, "other": {}}
+    return compare_arms(pairs, arms, baselines=nulls)
+
+
+def test_a_null_baseline_stands_in_every_group_with_the_arms_difference_from_it():
+    groups = _with_baselines(30, 20)
+    null = groups[ALL]["baselines"]["c"][CRITIQUES_ONLY]
+    assert (null["mean"], null["difference"]["value"]) == (0.5, 0.25)
+    assert null["difference"]["p_value"] == pytest.approx(2 * 0.5**10)
+    assert groups["x"]["baselines"]["c"][CRITIQUES_ONLY]["mean"] == 0.5
+    assert groups[ALL]["baselines"][NO_CRITIC][LONGER]["mean"] == 0.125
+    assert [groups[label]["kind"] for label in (ALL, "x")] == ["all", "subset"]
+    assert groups[ALL]["arms"]["c"]["half"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("n_arm", "null", "is_said"), [(30, 20, False), (22, 20, True), (20, 20, True), (10, 30, True)]
+)
+def test_the_table_says_so_where_an_arm_does_not_beat_its_critiques_unread(n_arm, null, is_said):
+    notes = baseline_notes({"mini": _with_baselines(n_arm, null)})
+    assert any(f"mini: c ({n_arm / 40:.3f}) does not beat {CRITIQUES_ONLY}" in note for note in notes) == is_said
+    assert len(notes) == is_said, "once for all pairs, not for each subset"
+
+
+@pytest.mark.parametrize("name", [LONGER_CRITIQUE, SENTIMENT])
+def test_all_that_see_only_critiques_are_to_be_beaten_and_a_missing_bag_of_words_is_said(name):
+    notes = baseline_notes({"mini": _with_baselines(10, 30, name=name)})
+    assert "was not compared with a bag of words" in notes[0]
+    assert f"does not beat {name}" in notes[1]
+    assert baseline_notes({"mini": _with_baselines(10, 30, name=LONGER)})[1:] == [], "it sees the completions"
+
+
+def test_an_unscored_baseline_is_no_defeat():
+    pairs = _pairs(["x", "x"])
+    arms = {NO_CRITIC: [_scores(pairs, {0})], "c": [_scores(pairs, {0})]}
+    nulls = {"c": {CRITIQUES_ONLY: [Outcome.UNSCORED] * 2}}
+    groups = compare_arms(pairs, arms, baselines=nulls)
+    assert groups[ALL]["baselines"]["c"][CRITIQUES_ONLY]["mean"] is None
+    assert baseline_notes({"mini": groups}) == []
+
+
+def test_a_baseline_of_other_pairs_is_refused():
+    pairs = _pairs(["x", "x"])
+    with pytest.raises(DataError, match="has 1 outcomes for 2 pairs"):
+        compare_arms(pairs, {NO_CRITIC: [_scores(pairs, {0})]}, baselines={NO_CRITIC: {LONGER: [Outcome.TIE]}})
+
+
+def test_an_arm_without_the_no_critiques_arm_has_no_difference_from_it():
+    pairs = _pairs(["x", "x"])
+    assert compare_arms(pairs, {"c": [_scores(pairs, {0})]})[ALL]["arms"]["c"]["difference"] is None
+
+
+def test_tables_show_null_baselines_under_the_arms_and_the_notes():
+    results = {
+        "n_train": 7, "seeds": [0], "backbone": "b", "learning_rates": {NO_CRITIC: 8e-5, "c": 5e-5},
+        "tests": {"mini": _with_baselines(10, 30)}, "seconds": {"train c": 30.0}, "tokens": {},
+    }  # fmt: skip
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(results_table(results))
+    text = " ".join(console.export_text().split())
+    assert f"null: {CRITIQUES_ONLY}" in text
+    assert f"does not beat {CRITIQUES_ONLY} (0.750)" in text
+    markdown = results_markdown(results)
+    assert f"null: {CRITIQUES_ONLY} |  | - | 0.750 [.60, .86] | -0.500" in markdown
+    assert f"- mini: c (0.250) does not beat {CRITIQUES_ONLY}" in markdown
+    old = {label: {k: v for k, v in group.items() if k not in ("kind", "baselines")}
+           for label, group in results["tests"]["mini"].items()}  # fmt: skip
+    assert "null" not in results_markdown(results | {"tests": {"mini": old}}).partition("training pairs")[0]

@@ -15,6 +15,7 @@ VERBS = {
     ),
     "critics": ("critrm.critics:command", "The critics known by name: endpoint, price, and whether their key is set."),
     "critique": ("critrm.critique:command", "Stage 1: have a critic write a critique of every completion."),
+    "overlap": ("critrm.overlap:command", "Find test prompts that are in the training data."),
     "quality": ("critrm.quality:command", "Check critiques for flaws and leaked grades before training."),
     "augment": ("critrm.augment:command", "Stage 2: join pairs and critiques into one pair set for all arms."),
     "train": ("critrm.train:command", "Stage 3: train a reward model on augmented pairs."),
@@ -36,14 +37,17 @@ CACHE_VERBS = {
 EXTRAS = {
     "accelerate": "train",
     "datasets": "data",
+    "datasketch": "eval",
     "gguf": "embedded",
     "peft": "train",
     "pyarrow": "data",
     "ray": "ray",
     "safetensors": "train",
+    "sklearn": "eval",
     "tensorboard": "train",
     "torch": "train",
     "transformers": "train",
+    "vaderSentiment": "eval",
 }
 """Optional package -> the extra that installs it."""
 

@@ -197,6 +197,7 @@ def command(
     subset: str = "",
     limit: int | None = None,
     skip_bad: bool = False,
+    allow_empty: bool = False,
 ) -> None:
     """Have a critic write a critique of every completion; the same command goes on where it was interrupted.
 
@@ -234,6 +235,7 @@ def command(
         subset: only pairs of these subsets, comma separated.
         limit: only so many pairs.
         skip_bad: leave out rows that cannot be read instead of stopping at the first.
+        allow_empty: keep empty completions and identical pairs, as the published counts of benchmarks do.
     """
     started = time.time()
     if not (critic or model or self_critique):
@@ -265,7 +267,15 @@ def command(
     if max_cost is not None and not max_cost >= 0:
         raise ConfigError("--max-cost must be an amount of US dollars")
     load_template(settings.template, needs=("conversation", "response"))
-    found = read_pairs(pairs, split=split, source=source, subset=subset, limit=limit, skip_bad=skip_bad)
+    found = read_pairs(
+        pairs,
+        split=split,
+        source=source,
+        subset=subset,
+        limit=limit,
+        skip_bad=skip_bad,
+        allow_empty=allow_empty,
+    )
     console, ledger = Console(), Ledger()
     with CritiqueCache(cache or default_cache_path()) as store:
         if dry_run:

@@ -11,6 +11,7 @@ from critrm.types import SIDES, Message, Role
 Fields = dict[str, Any]
 TIE = "tie"
 NO_MAJORITY = "no majority"
+NOT_UNANIMOUS = "not unanimous"
 ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 TURN = re.compile(r"(?:^|\n\n)(?:## )?(Human|Assistant):")
 
@@ -59,7 +60,7 @@ def _messages(value: object, field: str) -> tuple[Message, ...]:
     return tuple(found)
 
 
-def _literal(value: object, field: str) -> tuple[Message, ...]:
+def literal_messages(value: object, field: str) -> tuple[Message, ...]:
     """As `_messages`, but text is one turn whatever it says: a benchmark's prompt is not to be taken apart."""
     return (Message("user", checked_text(value, field)),) if isinstance(value, str) else _messages(value, field)
 
@@ -79,7 +80,7 @@ def _own(row: Fields) -> Fields:
 
 
 def _rewardbench(row: Fields) -> Fields:
-    return {"prompt": _literal(row.get("prompt"), "prompt"), **{side: text_field(row, side) for side in SIDES}}
+    return {"prompt": literal_messages(row.get("prompt"), "prompt"), **{side: text_field(row, side) for side in SIDES}}
 
 
 def _completion(value: Any, field: str) -> str:
@@ -94,7 +95,7 @@ def _completion(value: Any, field: str) -> str:
 
 def _implicit(row: Fields) -> Fields:
     """TRL's implicit prompt: both conversations whole; what they share is the prompt, a `prompt` column repeats it."""
-    return _shared_prompt(*(_literal(row.get(side), side) for side in SIDES))
+    return _shared_prompt(*(literal_messages(row.get(side), side) for side in SIDES))
 
 
 def _hh(row: Fields) -> Fields:
@@ -142,19 +143,42 @@ def _llmbar(row: Fields) -> Fields:
     )
 
 
-def _pandalm(row: Fields) -> Fields:
-    """PandaLM: the majority of three annotators; 0 is a tie, and so is no majority."""
-    votes = [row.get(f"annotator{n}") for n in (1, 2, 3)]
-    if any(vote not in (0, 1, 2) for vote in votes):
-        raise bad_field("annotator1", f"the annotators' votes must be 0, 1 or 2: {votes!r:.60}")
-    label, count = Counter(votes).most_common(1)[0]
-    if count < 2:
-        raise NoPreference(NO_MAJORITY)
-    if label == 0:
-        raise NoPreference(TIE)
-    given = text_field(row, "input") if row.get("input") else ""
-    prompt = text_field(row, "instruction") + (f"\n\n{given}" if given else "")
-    return _by_label(prompt, text_field(row, "response1"), text_field(row, "response2"), label, "annotator1")
+def _pandalm_by(rule: str) -> Callable[[Fields], Fields]:
+    """PandaLM by a rule of how its three annotators decide: `majority`, `unanimous` or `first`; 0 is a tie."""
+
+    def read(row: Fields) -> Fields:
+        votes = [row.get(f"annotator{n}") for n in (1, 2, 3)]
+        if any(vote not in (0, 1, 2) for vote in votes):
+            raise bad_field("annotator1", f"the annotators' votes must be 0, 1 or 2: {votes!r:.60}")
+        label, count = (votes[0], 3) if rule == "first" else Counter(votes).most_common(1)[0]
+        if count < (3 if rule == "unanimous" else 2):
+            raise NoPreference(NOT_UNANIMOUS if count == 2 else NO_MAJORITY)
+        if label == 0:
+            raise NoPreference(TIE)
+        given = text_field(row, "input") if row.get("input") else ""
+        prompt = text_field(row, "instruction") + (f"\n\n{given}" if given else "")
+        fields = _by_label(
+            prompt, _pandalm_text(row, "response1"), _pandalm_text(row, "response2"), label, "annotator1"
+        )
+        return fields | {"source": f"pandalm-{rule}"}
+
+    return read
+
+
+def _pandalm_text(row: Fields, field: str) -> str:
+    # The release lost the quotes of six answers "True".
+    return str(row[field]) if isinstance(row.get(field), bool) else text_field(row, field)
+
+
+def _judgebench(row: Fields) -> Fields:
+    """JudgeBench: `A>B` or `B>A`; the source's name tells the subset."""
+    label = row.get("label")
+    if label not in ("A>B", "B>A"):
+        raise bad_field("label", f"must be 'A>B' or 'B>A': {label!r:.40}")
+    first, second = text_field(row, "response_A"), text_field(row, "response_B")
+    fields = _by_label(text_field(row, "question"), first, second, 1 if label == "A>B" else 2, "label")
+    own = {"id": row["pair_id"]} if row.get("pair_id") else {}
+    return fields | own | {"subset": row.get("source"), "source": row.get("response_model")}
 
 
 def _ultrafeedback(row: Fields) -> Fields:
@@ -184,13 +208,17 @@ def _rmb(row: Fields) -> Fields:
         if not isinstance(value, dict):
             raise bad_field(column, "must be an object with an answer")
         answers[side] = text_field(value, "answer")
-    prompt = _literal(row.get("conversation_input"), "conversation_input")
+    prompt = literal_messages(row.get("conversation_input"), "conversation_input")
     return {"prompt": prompt, "subset": row.get("category_path"), **answers}
 
 
 DIALECTS: dict[str, tuple[Callable[[Fields], bool], Callable[[Fields], Fields]]] = {
     "llmbar": (lambda row: "output_1" in row and "label" in row, _llmbar),
-    "pandalm": (lambda row: "response1" in row and "annotator1" in row, _pandalm),
+    "pandalm": (lambda row: "response1" in row and "annotator1" in row, _pandalm_by("majority")),
+    # The same columns by another rule: only when asked for.
+    "pandalm-unanimous": (lambda row: False, _pandalm_by("unanimous")),
+    "pandalm-first": (lambda row: False, _pandalm_by("first")),
+    "judgebench": (lambda row: "response_A" in row and "question" in row, _judgebench),
     "dsp": (lambda row: "text" in row and "score" in row, _dsp),
     "rmb": (lambda row: "conversation_input" in row and "reject" in row, _rmb),
     "ultrafeedback": (

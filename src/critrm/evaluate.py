@@ -1,7 +1,6 @@
 """Stage 4: benchmark x reward model -> EvalResult (sections 4.1 and 5.1)."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from critrm.augment import Budget, augment_pairs, segment_pair, text_encoder
+from critrm.augment import Budget, augment_pairs, file_name, segment_pair, text_encoder
 from critrm.benchmarks import find_benchmark, summarise
+from critrm.benchmarks.rewardbench import official_files
 from critrm.critique_files import read_critiques
+from critrm.diagnostics import diagnose, diagnostics_table, result_table
 from critrm.errors import ConfigError, CriticMismatch, DataError
-from critrm.metrics import half_credit
 from critrm.preferences import read_pairs
-from critrm.store import content_hash, disk_errors, from_json, read_records, read_rows, write_records, write_text
-from critrm.types import SIDES, Critique, CritiquedPair, EvalResult, Score, Tally
+from critrm.probe import probe as run_probe
+from critrm.probe import probe_json, probe_table
+from critrm.score_files import read_result as read_result
+from critrm.score_files import read_scores as read_scores
+from critrm.score_files import saved_scores, score_row
+from critrm.store import content_hash, disk_errors, read_records, read_rows, write_records, write_text
+from critrm.types import NO_CRITIC, Critique, CritiquedPair, EvalResult, Score
 
 if TYPE_CHECKING:
     from critrm.reward_model import RewardModel
@@ -35,6 +39,8 @@ def evaluate(
     *,
     benchmark: str = "pairs",
     out: str | Path | None = None,
+    train_items: Sequence[CritiquedPair] = (),
+    critiques: Sequence[Critique] = (),
     allow_other_critic: bool = False,
     max_tokens_per_step: int = 4096,
     console: Console | None = None,
@@ -45,8 +51,11 @@ def evaluate(
         model: the reward model.
         pairs: critiqued pairs of the critic that the model was trained with.
         benchmark: whose subsets, sections and headline number to compute; `pairs` has none.
-        out: folder that gets `<benchmark>.json` and the rewards, `<benchmark>.scores.jsonl`; rewards that are there
-            for the same model, pair and critiques are used again.
+        out: folder that gets `<benchmark>.json`, `<benchmark>.statistics.json` (see `diagnostics.diagnose`) and the
+            rewards, `<benchmark>.scores.jsonl`; rewards that are there for the same model, pair and critiques are used
+            again. For RewardBench, also `rewardbench/` with the files that its own script writes.
+        train_items: the arm's training pairs, for the null baselines that are fitted.
+        critiques: recorded critiques with the critic's own score, for the baseline that reads it.
         allow_other_critic: score critiques of another critic than the model was trained with.
         max_tokens_per_step: how many tokens are computed at once; does not change the scores.
         console: gets the progress bar; none is shown when None.
@@ -57,8 +66,35 @@ def evaluate(
         ConfigError: no such benchmark.
         StorageError: the disk is full or read-only.
     """
+    result, scores = score_benchmark(
+        model,
+        pairs,
+        benchmark=benchmark,
+        out=out,
+        allow_other_critic=allow_other_critic,
+        max_tokens_per_step=max_tokens_per_step,
+        console=console,
+    )
+    if out is not None:
+        statistics = diagnose(pairs, scores, benchmark=benchmark, train_items=train_items, critiques=critiques)
+        _write_json(Path(out) / f"{benchmark}.statistics.json", statistics)
+    return result
+
+
+def score_benchmark(
+    model: "RewardModel",
+    pairs: Sequence[CritiquedPair],
+    *,
+    benchmark: str = "pairs",
+    out: str | Path | None = None,
+    allow_other_critic: bool = False,
+    max_tokens_per_step: int = 4096,
+    console: Console | None = None,
+) -> tuple[EvalResult, list[Score]]:
+    """`evaluate` without the statistics: the result, and the rewards that it was computed from."""
     critic = _critic(pairs)
-    if critic != model.critic and not allow_other_critic:
+    without = critic == NO_CRITIC and model.scores_without_critiques
+    if critic != model.critic and not without and not allow_other_critic:
         raise CriticMismatch(
             f"the reward model was trained with critiques by {model.critic!r}, these are by {critic!r}. "
             "Evaluate with the same critic, or allow it with --allow-other-critic (section 4.2)."
@@ -80,8 +116,16 @@ def evaluate(
         )
     result = summarise(plain, scores, benchmark=benchmark, model=model.name, critic=critic)
     if folder is not None:
-        write_text(folder / f"{benchmark}.json", json.dumps(asdict(result), indent=2) + "\n")
-    return result
+        _write_json(folder / f"{benchmark}.json", asdict(result))
+        if benchmark == "rewardbench":
+            for place, content in official_files(plain, scores, model=model.name).items():
+                text = json.dumps(content, indent=4, sort_keys=True) + "\n"
+                write_text(folder / "rewardbench" / place / f"{file_name(model.name)}.json", text)
+    return result, scores
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _critic(pairs: Sequence[CritiquedPair]) -> str:
@@ -102,16 +146,17 @@ def _scores(
 ) -> list[Score]:
     """The rewards of the pairs, in their order; those on disk are used again and new ones saved as they come."""
     if folder is None:
-        return model.score(pairs, max_tokens_per_step=max_tokens_per_step, on_progress=on_progress)
+        scores = model.score(pairs, max_tokens_per_step=max_tokens_per_step, on_progress=on_progress)
+        return _level(pairs, scores)
     path, table, fingerprint = folder / f"{benchmark}.scores.jsonl", find_benchmark(benchmark), model.fingerprint
     keys = {item.pair.id: content_hash(fingerprint, asdict(item)) for item in pairs}
-    saved = _saved(path)
+    saved = saved_scores(path)
     known = {pair_id: saved[key] for pair_id, key in keys.items() if key in saved}
     on_progress(len(known))
 
     def save() -> None:
         done = [item.pair for item in pairs if item.pair.id in known]
-        write_records(path, [_row(known[pair.id], table.subset_of(pair), keys[pair.id]) for pair in done])
+        write_records(path, [score_row(known[pair.id], table.subset_of(pair), keys[pair.id]) for pair in done])
 
     todo = [item for item in pairs if item.pair.id not in known]
     if todo:
@@ -123,57 +168,15 @@ def _scores(
     for start in range(0, len(todo), PAIRS_PER_SAVE):
         part = todo[start : start + PAIRS_PER_SAVE]
         scores = model.score(part, max_tokens_per_step=max_tokens_per_step, on_progress=on_progress)
-        known |= {score.pair_id: score for score in scores}
+        known |= {score.pair_id: score for score in _level(part, scores)}
         save()
     return [known[item.pair.id] for item in pairs if item.pair.id in known]
 
 
-def _row(score: Score, subset: str, key: str) -> dict[str, object]:
-    # JSON has no not-a-number: null, which read_scores takes for it, keeps the file readable by other tools.
-    chosen, rejected = (None if math.isnan(reward) else reward for reward in (score.chosen, score.rejected))
-    rewards = {"chosen": chosen, "rejected": rejected}
-    return {"pair_id": score.pair_id, "subset": subset, **rewards, "outcome": score.outcome.value, "key": key}
-
-
-def _saved(path: Path) -> dict[str, Score]:
-    """Key -> rewards of an earlier run; empty where there is none that can be read, since it is then made anew."""
-    try:
-        return {str(row.get("key")): _score(row) for _, row in read_rows(path)}
-    except (DataError, KeyError, TypeError, ValueError):
-        return {}
-
-
-def _score(row: Mapping[str, Any]) -> Score:
-    chosen, rejected = (math.nan if row[side] is None else float(row[side]) for side in SIDES)
-    return Score(str(row["pair_id"]), chosen, rejected)
-
-
-def read_scores(path: str | Path) -> list[Score]:
-    """Read the rewards that `evaluate` wrote.
-
-    Raises:
-        DataError: a row lacks a field; names file and line.
-    """
-    scores = []
-    for number, row in read_rows(path):
-        try:
-            scores.append(_score(row))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"not a score ({error})", path=str(path), line=number) from None
-    return scores
-
-
-def read_result(path: str | Path) -> EvalResult:
-    """Read the result that `evaluate` wrote.
-
-    Raises:
-        DataError: the file is missing, or no result.
-    """
-    rows = list(read_rows(path))
-    try:
-        return from_json(EvalResult, rows[0][1])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"not a result of an evaluation ({error})", path=str(path)) from None
+def _level(pairs: Sequence[CritiquedPair], scores: Sequence[Score]) -> list[Score]:
+    """The scores, with equal rewards where both completions are the same text: a tie, whatever the rounding."""
+    same = {item.pair.id for item in pairs if item.pair.chosen.strip() == item.pair.rejected.strip()}
+    return [Score(each.pair_id, each.chosen, each.chosen) if each.pair_id in same else each for each in scores]
 
 
 def command(
@@ -184,6 +187,9 @@ def command(
     critiques: Path | None = None,
     critic: str | None = None,
     benchmark: str = "pairs",
+    train: str = "",
+    probe: bool = False,
+    dialect: str = "auto",
     split: str = "",
     source: str = "",
     subset: str = "",
@@ -199,7 +205,12 @@ def command(
         out: folder for the result and the rewards; the same command goes on where it was interrupted.
         critiques: critiques of the pairs' completions; none for a model trained without.
         critic: the critic's name; the file's unless its rows say otherwise.
-        benchmark: whose sections to compute: pairs, llmbar, pandalm or rewardbench.
+        benchmark: whose sections to compute: pairs, llmbar, pandalm, rewardbench, rewardbench2, rmbench, judgebench or
+            best-of-n.
+        train: the arm's training pairs, as `critrm augment` wrote them; the bag-of-words baselines learn from them.
+        probe: also score the pairs with swapped, shuffled, removed, negated and flattering critiques, and with an
+            instruction injected into the rejected completion: is the critique read?
+        dialect: the format of the pairs; told from the columns when not given.
         split: only pairs of this split.
         source: only pairs of these sources, comma separated.
         subset: only pairs of these subsets, comma separated.
@@ -209,20 +220,33 @@ def command(
     """
     find_benchmark(benchmark)  # a misspelt name is found before anything is loaded
     console = Console()
-    items = _read_augmented(pairs)
+    items, recorded = _read_augmented(pairs), dict[str, list[Critique]]()
     if items is None:
-        found = read_pairs(pairs, split=split, source=source, subset=subset, skip_bad=skip_bad)
+        found = read_pairs(
+            pairs,
+            dialect=dialect,
+            split=split,
+            source=source,
+            subset=subset,
+            skip_bad=skip_bad,
+            # The published counts of benchmarks hold such rows.
+            allow_empty=benchmark != "pairs",
+        )
         _show_counts(console, "rows left out", (row.reason for row in found.skipped))
-        augmented = augment_pairs(found.pairs, _by_critic(critiques, critic))
+        recorded = _by_critic(critiques, critic)
+        augmented = augment_pairs(found.pairs, recorded)
         _show_counts(console, "pairs dropped", augmented.dropped.values())
         items = list(augmented.arms.values())[-1]  # the critic's arm; the No-Critiques arm where there is no critic
-    elif critiques or critic or split or source or subset:
+    elif critiques or critic or split or source or subset or dialect != "auto":
         raise ConfigError(f"{pairs} is an arm with its critiques: give no critiques, critic or filter beside it")
+    train_items = _train_items(train, items)
+    if probe and items[0].critic == NO_CRITIC:
+        raise ConfigError("--probe asks whether critiques are read: give the critiques of the pairs with --critiques")
     from critrm.reward_model import RewardModel
 
     loaded = RewardModel.load(model)
     _show_counts(console, "pairs cut to the model's length", _cuts(loaded, items))
-    result = evaluate(
+    result, scores = score_benchmark(
         loaded,
         items,
         benchmark=benchmark,
@@ -231,9 +255,36 @@ def command(
         max_tokens_per_step=max_tokens_per_step,
         console=console,
     )
+    own = [row for rows in recorded.values() for row in rows]
+    statistics = diagnose(items, scores, benchmark=benchmark, train_items=train_items, critiques=own)
     console.print(result_table(result))
+    console.print(diagnostics_table(statistics))
+    if out is not None:
+        _write_json(out / f"{benchmark}.statistics.json", statistics)
+    if probe:
+        probed = run_probe(
+            loaded,
+            items,
+            benchmark=benchmark,
+            max_tokens_per_step=max_tokens_per_step,
+            on_probe=lambda name: console.print(f"probe: {name}", highlight=False),
+        )
+        console.print(probe_table(probed))
+        if out is not None:
+            _write_json(out / f"{benchmark}.probe.json", probe_json(probed))
     if out is not None:
         console.print(f"Result: {out / f'{benchmark}.json'}", soft_wrap=True, markup=False)
+
+
+def _train_items(train: str, items: Sequence[CritiquedPair]) -> tuple[CritiquedPair, ...]:
+    if not train:
+        return ()
+    found = _read_augmented(train)
+    if found is None:
+        raise DataError("not an arm that `critrm augment` wrote", path=train)
+    if _critic(found) != items[0].critic:
+        raise CriticMismatch(f"--train {train} is of critic {_critic(found)!r}, the pairs are of {items[0].critic!r}")
+    return found
 
 
 def _read_augmented(pairs: str) -> tuple[CritiquedPair, ...] | None:
@@ -270,31 +321,3 @@ def _cuts(model: "RewardModel", items: Iterable[CritiquedPair]) -> list[str]:
 def _show_counts(console: Console, title: str, reasons: Iterable[str]) -> None:
     for reason, count in Counter(reasons).most_common():
         console.print(f"{count} {title}: {reason}", style="yellow", markup=False, highlight=False)
-
-
-def result_table(result: EvalResult) -> Table:
-    """One evaluation for the terminal."""
-    table = Table(title=f"{escape(result.benchmark)}, model {escape(result.model)}, critic {escape(result.critic)}")
-    for index, title in enumerate(("subset", "pairs", "right", "wrong", "tie", "unscored", "strict accuracy")):
-        table.add_column(title, justify="left" if index == 0 else "right")
-    for name, found in result.subsets.items():
-        table.add_row(*_cells(name, found))
-    for name, value in result.sections.items():
-        table.add_row(f"section {escape(name)}", *[""] * 5, f"{value:.3f}", style="cyan")
-    table.add_row(*_cells("all pairs", result.overall), style="bold")
-    number = "-" if result.headline_value is None else f"{result.headline_value:.3f}"
-    half = half_credit(result.overall) if result.overall.n_tie else None
-    table.caption = (
-        f"{number} {escape(result.headline)}\n\\[95 % Wilson interval]; a tie is not right"
-        + (f" (all pairs with half credit for ties: {half:.3f})" if half is not None else "")
-        + ("; unscored pairs are left out" if result.overall.n_unscored else "")
-    )
-    return table
-
-
-def _cells(name: str, found: Tally) -> tuple[str, ...]:
-    n = found.n_right + found.n_wrong + found.n_tie + found.n_unscored
-    counts = tuple(str(each) for each in (n, found.n_right, found.n_wrong, found.n_tie, found.n_unscored))
-    accuracy = found.accuracy
-    text = f"{accuracy.value:.3f} \\[{accuracy.low:.2f}, {accuracy.high:.2f}]" if accuracy else "-"
-    return (escape(name), *counts, text)

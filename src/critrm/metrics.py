@@ -108,22 +108,8 @@ def correctness(outcomes: Iterable[Outcome]) -> list[float]:
     return [math.nan if each is Outcome.UNSCORED else float(each is Outcome.RIGHT) for each in outcomes]
 
 
-def mcnemar(a: Sequence[Outcome], b: Sequence[Outcome]) -> float:
-    """Exact two-sided McNemar test: do two runs get different items right?
-
-    Item i of `a` and of `b` must be the same pair. Only items that exactly one run got right count; items unscored in
-    either run are left out. 1.0 when no item tells the runs apart.
-
-    Raises:
-        DataError: the runs differ in length.
-    """
-    _same_items([a, b])
-    return _exact_p(
-        y - x for x, y in zip(correctness(a), correctness(b), strict=True) if not math.isnan(x) and not math.isnan(y)
-    )
-
-
 def _exact_p(differences: Iterable[float]) -> float:
+    """Exact two-sided McNemar test: of the items that exactly one arm got right, is one arm's share above one half?"""
     from scipy.stats import binomtest
 
     signs = [difference > 0 for difference in differences if difference]

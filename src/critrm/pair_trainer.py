@@ -1,70 +1,88 @@
-"""transformers' Trainer over packed rows: the ranking loss, timed checkpoints, a progress bar (sections 3.2, 4.4)."""
+"""transformers' Trainer over packed rows, and how a run of it is set up (sections 3.2, 4.4)."""
 
-import contextlib
-import re
-import time
-from collections.abc import Iterator
+import math
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from critrm.batching import EncodedPair, pack
-from critrm.errors import StorageError
+from critrm import models
+from critrm.callbacks import RichProgress, TimedCheckpoints
+from critrm.config import TrainConfig
+from critrm.errors import ConfigError
+from critrm.losses import critique_loss, reward_losses
+from critrm.reward_model import RewardModel
+from critrm.training_data import EpochSampler, TrainingPair, TrainingPairs, collate
+from critrm.types import NO_CRITIC
+
+PAPER_STEPS = 155
+"""Optimiser steps of the paper's runs; its 32 warm-up steps are a fifth of them."""
+N_EVALUATIONS = 10
+"""How often `keep: best` looks at the held-out pairs; once more after the last step."""
+MODEL_INPUTS = ("input_ids", "position_ids", "score_positions", "groups")
 
 
-def ranking_loss(rewards: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
-    """Equations 1 and 2 per pair: -log sigmoid(chosen - rejected - margin).
+class LanguageHead:
+    """The backbone's own next-token head on the reward model's hidden states; no part of the model that is saved.
 
-    Args:
-        rewards: (n_pairs, 2), chosen first.
-        margins: (n_pairs,).
-
-    Returns:
-        (n_pairs,) losses.
+    With tied embeddings it is the input embedding, which then learns from both ends, as in pretraining. Otherwise it is
+    the backbone's `lm_head`, which stays as it was: the gradient goes through it into the backbone.
     """
-    return -functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - margins)
 
+    def __init__(self, reward_model: RewardModel, backbone: str) -> None:
+        """Args are the model that is trained, and the name of the language model that it was made from."""
+        model = reward_model.model
+        config = model.config.get_text_config().to_dict()
+        # Cohere scales its logits, Gemma 2 bounds them; both say so in their config.
+        self.scale = float(config.get("logit_scale") or 1.0)
+        self.bound = float(config.get("final_logit_softcapping") or 0.0)
+        if config["tie_word_embeddings"]:
+            self.head: Any = model.get_input_embeddings()
+        else:
+            language_model: Any = models.load_causal_lm(backbone)
+            self.head = language_model.get_output_embeddings().requires_grad_(False)
+        self._hidden = torch.empty(0)
+        # A hook, since the classifier returns rewards only.
+        model.base_model.register_forward_hook(self._keep_hidden)
 
-def collate(pairs: list[EncodedPair]) -> dict[str, Any]:
-    """One packed row of several pairs, as the Trainer passes it to the model."""
-    batch = pack(pairs)
-    return {
-        name: getattr(batch, name) for name in ("input_ids", "position_ids", "score_positions", "groups", "margins")
-    }
+    def _keep_hidden(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        self._hidden = output.last_hidden_state
 
-
-class EncodedPairs(torch.utils.data.Dataset[EncodedPair]):
-    """Encoded pairs as the data set that a Trainer draws from."""
-
-    def __init__(self, pairs: list[EncodedPair]) -> None:
-        """Args are the pairs."""
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        """How many pairs."""
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> EncodedPair:
-        """One pair."""
-        return self.pairs[index]
+    def losses(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """(n_pairs,) losses on the critique tokens of the row that the model has just read."""
+        hidden, self._hidden = self._hidden[0, inputs["critique_sources"]], torch.empty(0)
+        weight = self.head.weight.to(hidden.device)
+        logits = functional.linear(hidden.to(weight.dtype), weight) * self.scale
+        if self.bound:
+            logits = self.bound * torch.tanh(logits / self.bound)
+        targets = inputs["input_ids"][0, inputs["critique_tokens"]]
+        return critique_loss(logits, targets, inputs["critique_pairs"], n_pairs=len(inputs["margins"]))
 
 
 class PairTrainer(Trainer):
-    """transformers' Trainer with the ranking loss over packed rows; everything else is the Trainer's."""
+    """transformers' Trainer with our losses over packed rows; everything else is the Trainer's."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Takes what Trainer takes."""
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, config: TrainConfig, language_head: LanguageHead | None = None, **kwargs: Any) -> None:
+        """Takes what Trainer takes, what is minimised, and the head that predicts critiques if they are predicted."""
+        super().__init__(**kwargs)
+        self.config, self.language_head = config, language_head
         # The loss below divides by the pairs of the whole optimiser step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        data: Any = self.train_dataset
+        world = self.accelerator.num_processes
+        multiple = self.args.per_device_train_batch_size * world if world > 1 else 1
+        return EpochSampler(len(data), seed=self.args.seed, multiple=multiple)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        n_pairs = torch.tensor(sum(len(batch["margins"]) for batch in batch_samples), device=device)
+        """Pairs of the optimiser step per process: the processes' gradients then average to the mean over pairs."""
+        n_pairs = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
         gathered: torch.Tensor = self.accelerator.gather(n_pairs)
         mean: torch.Tensor = gathered.sum() / self.accelerator.num_processes
         return mean
@@ -76,75 +94,177 @@ class PairTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The mean ranking loss over the pairs of the optimiser step, whatever the passes it is split into."""
-        margins = inputs.pop("margins")
-        rewards = model(**inputs)
-        losses = ranking_loss(rewards, margins)
-        loss = losses.sum() / (len(margins) if num_items_in_batch is None else num_items_in_batch)
+        """The mean loss over the pairs of the optimiser step, whatever the passes and processes it is split into."""
+        rewards = model(**{name: inputs[name] for name in MODEL_INPUTS})
+        losses = self._reward_losses(rewards, inputs)
+        if self.language_head is not None:
+            # accelerate computes the model's forward in bf16, and nothing else.
+            with torch.autocast(rewards.device.type, dtype=torch.bfloat16, enabled=self.args.bf16):
+                losses = losses + self.config.lm_weight * self.language_head.losses(inputs)
+        weights = inputs["weights"]
+        loss = (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
         return (loss, rewards) if return_outputs else loss
 
+    def _reward_losses(self, rewards: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        config = self.config
+        return reward_losses(rewards, inputs["margins"], loss=config.loss, center_weight=config.center_weight)
 
-class TimedCheckpoints(TrainerCallback):
-    """Saves a checkpoint whenever enough time has passed: a kill costs minutes, whatever the model's size."""
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss of the rewards over the held-out pairs; the critiques' words do not count.
 
-    def __init__(self, minutes: float) -> None:
-        """Args are the least minutes between two checkpoints."""
-        self.seconds, self.saved = minutes * 60, time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask the Trainer for a checkpoint when it is time."""
-        if time.monotonic() - self.saved >= self.seconds and state.global_step < state.max_steps:
-            control.should_save = True
-            self.saved = time.monotonic()
-
-
-class RichProgress(TrainerCallback):
-    """A progress bar with the time left and the running loss."""
-
-    def __init__(self, console: Console, title: str) -> None:
-        """Args are where to show it, and its title."""
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=console,
-        )
-        self.task = self.bar.add_task(title, total=None, loss="")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show the bar, from where a resumed run goes on."""
-        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
-        self.bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advance."""
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Show the loss."""
-        if logs and "loss" in logs:
-            self.bar.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the finished bar on the screen."""
-        self.bar.stop()
+        Every process computes all of it: the pairs are few, and sharded models need all processes to take part.
+        """
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        n_pairs, per_pass, total = len(data), self.args.per_device_train_batch_size, 0.0
+        self.model_wrapped.eval()
+        for start in range(0, n_pairs, per_pass):
+            pairs = [data[index] for index in range(start, min(start + per_pass, n_pairs))]
+            inputs: dict[str, Any] = self._prepare_inputs(self.data_collator(pairs))
+            rewards = self.model_wrapped(**{name: inputs[name] for name in MODEL_INPUTS})
+            total += float(self._reward_losses(rewards, inputs).sum())
+        self.model_wrapped.train()
+        metrics = {f"{metric_key_prefix}_loss": total / n_pairs}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
-@contextlib.contextmanager
-def full_disk(out: Path) -> Iterator[None]:
-    """Say in one line that weights or a checkpoint could not be written, and that nothing before is lost."""
-    from safetensors import SafetensorError
+def scaled_warmup(config: TrainConfig, n_steps: int) -> tuple[int, str]:
+    """The warm-up steps, scaled down with the number of steps when there are fewer than in the paper, and a note."""
+    if n_steps >= PAPER_STEPS or config.warmup_steps == 0:
+        return config.warmup_steps, ""
+    warmup = min(config.warmup_steps, max(1, round(config.warmup_steps * n_steps / PAPER_STEPS)))
+    return (
+        warmup,
+        f"warm-up scaled from {config.warmup_steps} to {warmup} steps: there are {n_steps} steps, not {PAPER_STEPS}",
+    )
 
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's writer has no error class of its own.
-        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|unexpected pos", str(error)):
-            raise
-        reason = str(error).splitlines()[0]
-        raise StorageError(
-            f"{out}: cannot write weights ({reason}). Free space and run the same command again; "
-            "it goes on from the last complete checkpoint."
-        ) from error
+
+def make_trainer(
+    reward_model: RewardModel,
+    config: TrainConfig,
+    *,
+    encoded: list[TrainingPair],
+    held_out: list[TrainingPair],
+    out: Path,
+    seed: int,
+    rate: float,
+    console: Console | None,
+) -> tuple[PairTrainer, str]:
+    """Set up a run of section 4.4, and say in a note how its warm-up was scaled.
+
+    Args:
+        reward_model: what is trained.
+        config: with what settings.
+        encoded: the pairs to train on.
+        held_out: the pairs by which the best weights are chosen; the last weights are kept when there are none.
+        out: the run's folder.
+        seed: of the order of pairs.
+        rate: the maximum learning rate.
+        console: gets the progress bar of the first process.
+
+    Raises:
+        ConfigError: the batch cannot be shared by the processes, or they hold shares of weights that must be whole.
+    """
+    n_steps = math.ceil(len(encoded) / config.batch_size) * config.n_epochs
+    warmup, note = scaled_warmup(config, n_steps)
+    best: dict[str, Any] = {}
+    if held_out:
+        best = {"eval_strategy": "steps", "eval_steps": math.ceil(n_steps / N_EVALUATIONS), "save_strategy": "best"}
+        best |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    arguments = TrainingArguments(
+        **_arguments(config, out=out) | best,
+        learning_rate=rate,
+        warmup_steps=warmup,
+        seed=seed,
+    )
+    # transformers would split a packed row over the GPUs that one process sees; for several, launch several processes.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    callbacks: list[TrainerCallback] = [TimedCheckpoints(config.checkpoint_minutes)]
+    if console is not None and arguments.process_index == 0:
+        callbacks.append(RichProgress(console, f"train {reward_model.critic}, seed {seed}, lr {rate:g}"))
+    predicts = config.lm_weight and reward_model.critic != NO_CRITIC
+    head = LanguageHead(reward_model, config.backbone) if predicts else None
+    trainer = PairTrainer(
+        config=config,
+        language_head=head,
+        model=_with_adapters(reward_model.model, config.lora_rank) if config.lora_rank else reward_model.model,
+        args=arguments,
+        train_dataset=TrainingPairs(encoded),
+        eval_dataset=TrainingPairs(held_out) if held_out else None,
+        data_collator=collate,
+        callbacks=callbacks,
+    )
+    if head and _is_sharded(trainer):
+        raise ConfigError("lm_weight needs whole weights in every process: FSDP and DeepSpeed cannot train with it")
+    trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a progress bar; the log is in log.jsonl
+    return trainer, note
+
+
+def _arguments(config: TrainConfig, *, out: Path) -> dict[str, Any]:
+    device = models.choose_device()
+    precision = models.choose_precision(device) if config.precision == "auto" else config.precision
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))  # what torchrun and accelerate set
+    if config.batch_size % n_processes:
+        raise ConfigError(f"batch_size {config.batch_size} cannot be shared evenly by {n_processes} processes")
+    share = config.batch_size // n_processes
+    # A divisor of the batch size, so that every optimiser step holds exactly `batch_size` pairs.
+    per_pass = max(n for n in range(1, config.pairs_per_pass + 1) if share % n == 0)
+    return {
+        "output_dir": str(out / "checkpoints"),
+        "per_device_train_batch_size": per_pass,
+        "gradient_accumulation_steps": share // per_pass,
+        "num_train_epochs": config.n_epochs,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": config.min_learning_rate_share},
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "bf16": precision == "bf16",
+        "use_cpu": device == "cpu",
+        "activation_checkpointing": config.gradient_checkpointing,  # transformers' newer name for it
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "ddp_find_unused_parameters": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "report_to": list(config.report_to) or "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device != "cpu",
+    }
+
+
+def _is_sharded(trainer: PairTrainer) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def whole_model(
+    reward_model: RewardModel, trainer: PairTrainer, *, config: TrainConfig, out: Path, seed: int
+) -> RewardModel:
+    """The trained model in one piece: gathered where it was sharded, adapters merged; only process 0 gets it."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if _is_sharded(trainer):
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # takes all processes
+        if not trainer.is_world_process_zero():
+            return reward_model
+        reward_model = RewardModel.from_backbone(config.backbone, reward_model.reads, seed=seed)
+        model = _with_adapters(reward_model.model, config.lora_rank) if config.lora_rank else reward_model.model
+        model.load_state_dict(weights)
+    if config.lora_rank and trainer.is_world_process_zero():
+        model.save_pretrained(out / "adapter")
+        reward_model.model = model.merge_and_unload()
+    return reward_model
+
+
+def _with_adapters(model: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=["score"])
+    with warnings.catch_warnings():
+        # peft still asks for an attribute by a name that transformers has deprecated.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, lora)

@@ -13,8 +13,6 @@ Everything a stage makes lies in the run folder, so that the same command goes o
 import contextlib
 import json
 import logging
-import random
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from critrm.augment import Augmented, Budget, augment_pairs, file_name, text_encoder, write_augmented
+from critrm.baselines import baselines
 from critrm.budget import Estimate, Ledger, Purse, estimates_table
 from critrm.calls import estimate_critiques, open_purse
 from critrm.config import CriticConfig, PairSource, Recipe, data_path, load_recipe
@@ -34,6 +33,7 @@ from critrm.critique_files import read_critiques
 from critrm.errors import DataError
 from critrm.evaluate import evaluate, read_scores
 from critrm.models import load_tokenizer
+from critrm.overlap import overlap_warning
 from critrm.preferences import read_pairs
 from critrm.results import ArmScores, compare_arms, results_markdown, results_table
 from critrm.reward_model import RewardModel
@@ -45,13 +45,12 @@ from critrm.store import (
     write_records,
     write_text,
 )
-from critrm.train import held_out_loss, run_facts, train_reward_model
+from critrm.sweep import choose_learning_rate, split_held_out
+from critrm.train import run_facts, train_reward_model
 from critrm.types import NO_CRITIC, Critique, CritiquedPair, PreferencePair, Score
 
 TRAIN = "train"
 """The training pairs' name among the sets; the others are test sets."""
-SPLIT_SEED = 195
-"""Draws the held-out pairs; one number, so that every arm and seed holds out the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = Non
         purse = open_purse(recipe.critique.max_cost, pairs, critics=critics, cache=cache)
     critiques = {name: _critiques(run, name, critic, pairs, purse=purse) for name, critic in critics.items()}
     augmented = _augment(run, sets, critiques)
-    rates = {critic: _learning_rate(run, augmented[TRAIN].arms[critic]) for critic in augmented[TRAIN].arms}
+    rates = {critic: _learning_rate(run, arm) for critic, arm in augmented[TRAIN].arms.items()}
     for seed in recipe.train.seeds:
         for critic in augmented[TRAIN].arms:
             _train_and_evaluate(run, augmented, critic, seed=seed, rate=rates[critic])
@@ -151,6 +150,8 @@ def _read_sets(recipe: Recipe) -> dict[str, tuple[PreferencePair, ...]]:
             subset=source.subset,
             limit=source.limit,
             skip_bad=source.skip_bad,
+            # A benchmark's published counts include them.
+            allow_empty=name != TRAIN and source.benchmark != "pairs",
         )
         for pair in found.pairs:
             if owner.setdefault(pair.id, name) != name:
@@ -183,6 +184,8 @@ def _augment(
     config, encode = run.recipe.augment, text_encoder(load_tokenizer(run.recipe.train.backbone))
     augmented = {}
     for name, pairs in sets.items():
+        if name != TRAIN and (warning := overlap_warning(sets[TRAIN], pairs, name=name)):
+            run.console.print(warning, style="yellow", markup=False)
         augmented[name] = augment_pairs(
             pairs,
             critiques,
@@ -201,58 +204,34 @@ def _augment(
 
 
 def _learning_rate(run: Run, arm: Sequence[CritiquedPair]) -> float:
-    """Choose an arm's learning rate by the ranking loss on pairs held out from training (section 4.4)."""
     config = run.recipe.train
     if len(config.learning_rates) == 1:
         return config.learning_rates[0]
-    order = random.Random(SPLIT_SEED).sample(range(len(arm)), len(arm))
-    held_out = [arm[index] for index in order[: config.n_held_out]]
-    rest = [arm[index] for index in sorted(order[config.n_held_out :][: config.n_sweep])]
-    if not rest:
-        raise DataError(f"{config.n_held_out} held-out pairs leave none of {len(arm)} to train on")
-    losses = {rate: _sweep_loss(run, rest, held_out, rate) for rate in config.learning_rates}
-    best = min(losses, key=losses.__getitem__)
-    tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
-    run.console.print(f"{arm[0].critic}: learning rate {best:g} (held-out loss {tried})", highlight=False)
-    return best
-
-
-def _sweep_loss(run: Run, rest: list[CritiquedPair], held_out: list[CritiquedPair], rate: float) -> float:
-    config, critic = run.recipe.train, rest[0].critic
-    folder = run.out / TRAIN / file_name(critic) / f"learning-rate-{rate:g}"
-    facts = run_facts(config, seed=config.seeds[0], rate=rate, max_length=run.recipe.augment.max_length)
-    fingerprint = content_hash(facts, [asdict(item) for item in rest], [asdict(item) for item in held_out])
-    marker = folder / "sweep"
-    if not stage_is_done(marker, fingerprint):
-        with run.timed("learning rates"):
-            result = train_reward_model(
-                rest,
-                config,
-                out=folder,
-                seed=config.seeds[0],
-                learning_rate=rate,
-                max_length=run.recipe.augment.max_length,
-                console=run.console,
-            )
-            scores = RewardModel.load(result.folder).score(held_out)
-        loss = held_out_loss(held_out, scores, config.margins)
-        accuracy = sum(score.chosen > score.rejected for score in scores) / len(scores)
-        mark_stage_done(marker, fingerprint, loss=loss, accuracy=accuracy, n_held_out=len(held_out), n_train=len(rest))
-        shutil.rmtree(result.folder)
-    return float(json.loads((marker / "done.json").read_text(encoding="utf-8"))["loss"])
+    folder = run.out / TRAIN / file_name(arm[0].critic)
+    with run.timed("learning rates"):
+        return choose_learning_rate(
+            arm, config, out=folder, max_length=run.recipe.augment.max_length, console=run.console
+        )
 
 
 def _train_and_evaluate(run: Run, augmented: Mapping[str, Augmented], critic: str, *, seed: int, rate: float) -> None:
     folder = run.out / "evaluate" / file_name(critic) / f"seed-{seed}"
-    facts = run_facts(run.recipe.train, seed=seed, rate=rate, max_length=run.recipe.augment.max_length)
+    config = run.recipe.train
+    facts = run_facts(config, seed=seed, rate=rate, max_length=run.recipe.augment.max_length)
+    arm: Sequence[CritiquedPair] = augmented[TRAIN].arms[critic]
+    held_out: Sequence[CritiquedPair] = ()
+    if config.keep == "best":
+        arm, held_out = split_held_out(arm, config.n_held_out)
+        facts["n_held_out"] = config.n_held_out
     data = {name: [asdict(item) for item in found.arms[critic]] for name, found in augmented.items()}
     fingerprint = content_hash(facts, data)
     if stage_is_done(folder, fingerprint):
         return
     with run.timed(f"train {critic}"):
         result = train_reward_model(
-            augmented[TRAIN].arms[critic],
-            run.recipe.train,
+            arm,
+            config,
+            held_out=held_out,
             out=run.out / TRAIN / file_name(critic) / f"seed-{seed}",
             seed=seed,
             learning_rate=rate,
@@ -285,7 +264,11 @@ def _results(
     for name, source in run.recipe.preferences.test.items():
         arms: ArmScores = {critic: _seed_scores(run, critic, name, source) for critic in augmented[name].arms}
         pairs = [item.pair for item in augmented[name].arms[NO_CRITIC]]
-        tests[name] = compare_arms(pairs, arms, benchmark=source.benchmark)
+        nulls = {
+            critic: baselines(augmented[TRAIN].arms[critic], items, critiques=critiques.get(critic, ()))
+            for critic, items in augmented[name].arms.items()
+        }
+        tests[name] = compare_arms(pairs, arms, benchmark=source.benchmark, baselines=nulls)
     results: dict[str, Any] = {
         "recipe": run.recipe.name,
         "backbone": run.recipe.train.backbone,

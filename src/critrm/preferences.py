@@ -242,7 +242,7 @@ def command(
         limit: stop after so many pairs.
         skip_bad: leave out rows that cannot be used instead of stopping at the first.
         allow_empty: keep empty completions and identical pairs, as the published counts of benchmarks do.
-        critiques_out: of a file that holds responses with their critiques: write the critiques here, the pairs to --out.
+        critiques_out: of a file that holds responses with critiques: write the critiques here, the pairs to --out.
     """
     if out is not None and (out.suffix != ".jsonl" or out.resolve() == Path(pairs).resolve()):
         raise ConfigError(f"--out {out}: name a .jsonl file that is not the input")

@@ -1,41 +1,67 @@
 """Arms side by side: accuracy by group with intervals, spread over seeds, and paired tests against no critiques."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from critrm.baselines import CRITIQUE_NULLS, CRITIQUES_ONLY
 from critrm.benchmarks import BENCHMARKS
 from critrm.errors import DataError
-from critrm.metrics import correctness, holm, n_scored, paired_difference, seed_spread, tally
+from critrm.metrics import correctness, half_credit, holm, n_scored, paired_difference, seed_spread, tally
 from critrm.types import NO_CRITIC, Outcome, PreferencePair, Score
 
 ArmScores = Mapping[str, Sequence[Sequence[Score]]]
 """Critic's name -> one list of scores per seed."""
 
+ArmBaselines = Mapping[str, Mapping[str, Sequence[Outcome]]]
+"""Critic's name -> null baseline (`baselines.baselines`) -> one outcome per pair, in their order."""
+
 ALL = "all"
 """The group that holds every pair."""
 
 
-def compare_arms(pairs: Sequence[PreferencePair], arms: ArmScores, *, benchmark: str = "pairs") -> dict[str, Any]:
-    """Compare each arm with the No-Critiques arm on the same pairs, over all of them and by group.
+def compare_arms(
+    pairs: Sequence[PreferencePair],
+    arms: ArmScores,
+    *,
+    benchmark: str = "pairs",
+    baselines: ArmBaselines | None = None,
+) -> dict[str, Any]:
+    """Compare each arm with the No-Critiques arm and with its null baselines on the same pairs, over all and by group.
 
     Args:
         pairs: the test pairs.
         arms: the scores of each arm and seed, on exactly these pairs.
         benchmark: whose sections are groups as well.
+        baselines: the null baselines of the arms.
 
     Returns:
-        Group -> number of pairs and, per arm: `mean` strict accuracy over seeds with its `std`, the 95 % Wilson
-        interval `low` to `high` over items at it, ties and unscored pairs over all seeds, and the `difference` from the
-        No-Critiques arm (paired bootstrap over items and seeds) with `p_value`, and `p_holm` adjusted over the subsets.
+        Group -> number of pairs, whether it is `all`, a `section` or a `subset` (`kind`), and per arm: `mean` strict
+        accuracy over seeds with its `std`, `half` credit for ties, the 95 % Wilson interval `low` to `high` over items
+        at it, ties and unscored pairs over all seeds, and the `difference` from the No-Critiques arm (paired bootstrap
+        over items and seeds) with `p_value`, and `p_holm` adjusted over the subsets. `baselines` holds, per arm and
+        baseline, its accuracy and the `difference` of the arm from it.
 
     Raises:
-        DataError: an arm lacks a pair.
+        DataError: an arm lacks a pair, or a baseline has another number of outcomes than there are pairs.
     """
     by_arm = {critic: [_by_pair(scores, pairs, critic) for scores in seeds] for critic, seeds in arms.items()}
-    groups = {label: _group(members, by_arm) for label, members in _groups(pairs, benchmark).items()}
+    nulls = {
+        critic: {name: _by_position(outcomes, pairs, name) for name, outcomes in found.items()}
+        for critic, found in (baselines or {}).items()
+        if critic in by_arm
+    }
+    groups = {}
+    for label, (kind, members) in _groups(pairs, benchmark).items():
+        groups[label] = {"kind": kind, **_group(members, by_arm)}
+        groups[label]["baselines"] = {
+            critic: {name: _baseline(members, by_arm[critic], found) for name, found in each.items()}
+            for critic, each in nulls.items()
+        }
     subsets = [group for label, group in groups.items() if label != ALL]
     for critic in arms:
         rows = [group["arms"][critic]["difference"] for group in subsets]
@@ -53,19 +79,25 @@ def _by_pair(scores: Sequence[Score], pairs: Sequence[PreferencePair], critic: s
     return found
 
 
-def _groups(pairs: Sequence[PreferencePair], benchmark: str) -> dict[str, list[str]]:
-    """Label -> pair ids: all pairs; with several subsets, the sections that span some of them, and each subset."""
+def _by_position(outcomes: Sequence[Outcome], pairs: Sequence[PreferencePair], name: str) -> dict[str, Outcome]:
+    if len(outcomes) != len(pairs):
+        raise DataError(f"the baseline {name!r} has {len(outcomes)} outcomes for {len(pairs)} pairs")
+    return {pair.id: outcome for pair, outcome in zip(pairs, outcomes, strict=True)}
+
+
+def _groups(pairs: Sequence[PreferencePair], benchmark: str) -> dict[str, tuple[str, list[str]]]:
+    """Label -> kind and pair ids: all pairs; with several subsets, sections that span some of them, and each subset."""
     table = BENCHMARKS[benchmark]
     by_subset: dict[str, list[str]] = {}
     for pair in pairs:
         by_subset.setdefault(table.subset_name(pair.subset or pair.source), []).append(pair.id)
-    groups = {ALL: [pair.id for pair in pairs]}
+    groups = {ALL: (ALL, [pair.id for pair in pairs])}
     if len(by_subset) > 1:
         for section, subsets in table.sections.items():
             present = [subset for subset in subsets if subset in by_subset]
             if len(present) > 1:
-                groups[section] = [pair_id for subset in present for pair_id in by_subset[subset]]
-        groups |= dict(sorted(by_subset.items()))
+                groups[section] = ("section", [pair_id for subset in present for pair_id in by_subset[subset]])
+        groups |= {subset: ("subset", members) for subset, members in sorted(by_subset.items())}
     return groups
 
 
@@ -79,25 +111,76 @@ def _group(members: list[str], by_arm: Mapping[str, list[dict[str, Score]]]) -> 
     for critic, seeds in outcomes.items():
         tallies = [tally(seed) for seed in seeds]
         spread = seed_spread([each.accuracy.value for each in tallies if each.accuracy])
-        difference = paired_difference(right[critic], right[NO_CRITIC]) if critic != NO_CRITIC else None
+        halves = [half for each in tallies if (half := half_credit(each)) is not None]
+        is_compared = critic != NO_CRITIC and NO_CRITIC in right
         arms[critic] = {
             "mean": spread.mean if spread else None,
             "std": spread.std if spread else None,
+            "half": sum(halves) / len(halves) if halves else None,
             "by_seed": [each.accuracy.value if each.accuracy else None for each in tallies],
             **_interval(spread.mean if spread else None, max(n_scored(each) for each in tallies)),
             "n_tie": sum(each.n_tie for each in tallies),
             "n_unscored": sum(each.n_unscored for each in tallies),
-            "difference": None
-            if difference is None
-            else {
-                "value": difference.value,
-                "low": difference.low,
-                "high": difference.high,
-                "p_value": difference.p_value,
-                "n": difference.n,
-            },
+            "difference": _difference(right[critic], right[NO_CRITIC]) if is_compared else None,
         }
     return {"n": len(members), "arms": arms}
+
+
+def _difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> dict[str, float] | None:
+    found = paired_difference(a, b)
+    return None if found is None else asdict(found)
+
+
+def _baseline(
+    members: Sequence[str], seeds: Sequence[Mapping[str, Score]], outcomes: Mapping[str, Outcome]
+) -> dict[str, Any]:
+    """A null baseline on some pairs, and how much better the arm is than it."""
+    null = [outcomes[pair_id] for pair_id in members]
+    found = tally(null)
+    arm = [correctness(scores[pair_id].outcome for pair_id in members) for scores in seeds]
+    return {
+        "mean": found.accuracy.value if found.accuracy else None,
+        "half": half_credit(found),
+        "low": found.accuracy.low if found.accuracy else None,
+        "high": found.accuracy.high if found.accuracy else None,
+        "n_tie": found.n_tie,
+        "n_unscored": found.n_unscored,
+        "difference": _difference(arm, [correctness(null)]),
+    }
+
+
+def baseline_notes(tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """In words, where an arm that reads critiques does not beat what its critiques give away unread.
+
+    Args:
+        tests: test set -> what `compare_arms` returned.
+    """
+    notes = []
+    for test, groups in tests.items():
+        for label, group in groups.items():
+            where = test if label == ALL else f"{test}, {label}"
+            for critic, found in group.get("baselines", {}).items():
+                if critic == NO_CRITIC or group.get("kind") == "subset":
+                    continue
+                if label == ALL and CRITIQUES_ONLY not in found:
+                    notes.append(
+                        f"{where}: {critic} was not compared with a bag of words over its critiques, which needs the "
+                        "arm's training pairs and `pip install 'critrm[eval]'`."
+                    )
+                mean = group["arms"][critic]["mean"]
+                notes += [
+                    f"{where}: {critic} ({mean:.3f}) does not beat {name} ({found[name]['mean']:.3f}): "
+                    f"{found[name]['difference']['value']:+.3f}, p {found[name]['difference']['p_value']:.2g}. It may "
+                    "have learnt no more than how critics word praise and blame."
+                    for name in CRITIQUE_NULLS
+                    if name in found and not _beats(found[name]["difference"])
+                ]
+    return notes
+
+
+def _beats(difference: Mapping[str, float] | None) -> bool:
+    # Nothing to compare is no defeat.
+    return difference is None or (difference["value"] > 0 and difference["p_value"] < 0.05)
 
 
 def _interval(mean: float | None, n_items: int) -> dict[str, float | None]:
@@ -122,13 +205,27 @@ def _cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             for critic in critics:
                 row += _arm_cells(group["arms"][critic], with_difference=critic != NO_CRITIC)
             rows.append(row)
+            if group.get("kind") != "subset":
+                rows += _baseline_rows(group.get("baselines", {}), critics)
     return titles, rows
+
+
+def _baseline_rows(found: Mapping[str, Mapping[str, Any]], critics: Sequence[str]) -> list[list[str]]:
+    names = dict.fromkeys(name for each in found.values() for name in each)
+    rows = []
+    for name in names:
+        row = [f"    null: {name}", ""]
+        for critic in critics:
+            null = found.get(critic, {}).get(name, {"mean": None})
+            row += _arm_cells(null, with_difference=critic != NO_CRITIC)
+        rows.append(row)
+    return rows
 
 
 def _arm_cells(arm: Mapping[str, Any], *, with_difference: bool) -> list[str]:
     if arm["mean"] is None:
         return ["-"] * (3 if with_difference else 1)
-    spread = f" ±{arm['std']:.3f}" if arm["std"] is not None else ""
+    spread = f" ±{arm['std']:.3f}" if arm.get("std") is not None else ""
     cells = [f"{arm['mean']:.3f}{spread} [{_short(arm['low'])}, {_short(arm['high'])}]"]
     if with_difference:
         found = arm["difference"]
@@ -159,8 +256,10 @@ def results_table(results: Mapping[str, Any]) -> Table:
         title = "no critiques" if titles[index] == NO_CRITIC else titles[index]
         table.add_column(Text(title), justify="left" if index == 0 else "right")
     for row in rows:
-        style = None if row[0].startswith(" ") else "bold"
+        style = "dim" if row[0].startswith("    ") else None if row[0].startswith(" ") else "bold"
         table.add_row(*(Text(row[index]) for index in shown), style=style)
+    for note in baseline_notes(results["tests"]):
+        table.caption = f"{table.caption}\n{escape(note)}"
     return table
 
 
@@ -186,7 +285,9 @@ def results_markdown(results: Mapping[str, Any]) -> str:
         "|" + "|".join("---" if i == 0 else "---:" for i in range(len(titles))) + "|",
     ]
     for row in rows:
-        name = row[0] if not row[0].startswith(" ") else "&nbsp;&nbsp;" + row[0].strip()
+        name = (
+            row[0] if not row[0].startswith(" ") else "&nbsp;" * (len(row[0]) - len(row[0].lstrip())) + row[0].strip()
+        )
         lines.append("| " + " | ".join([name, *row[1:]]) + " |")
     rates = ", ".join(f"{critic} {rate:g}" for critic, rate in results["learning_rates"].items())
     lines += [
@@ -196,8 +297,11 @@ def results_markdown(results: Mapping[str, Any]) -> str:
         "Strict accuracy (a tie is not right), mean over seeds ± standard deviation, "
         "[95 % Wilson interval over items]. "
         "Difference from no critiques with its 95 % interval and p from a paired bootstrap over items and seeds "
-        "(exact McNemar for one seed), not adjusted for the number of rows.",
+        "(exact McNemar for one seed), not adjusted for the number of rows. "
+        "In a row that begins with *null*, a baseline that reads no meaning: its accuracy, and how much better the arm "
+        "is than it. Half credit for ties, and all numbers by subset, are in results.json.",
         "",
+        *(f"- {note}\n" for note in baseline_notes(results["tests"])),
         "| stage | seconds |",
         "|---|---:|",
         *(f"| {stage} | {seconds:.0f} |" for stage, seconds in results["seconds"].items()),

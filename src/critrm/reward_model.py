@@ -45,6 +45,8 @@ class Reads:
     critic: str = NO_CRITIC
     max_length: int = 2048
     backbone: str = ""
+    critique_dropout: float = 0.0
+    """Share of the training pairs that were read without critiques; above 0, it can score without one."""
 
 
 class RewardModel:
@@ -97,10 +99,19 @@ class RewardModel:
         return self.reads.critic
 
     @property
+    def scores_without_critiques(self) -> bool:
+        """Whether it was trained to score completions that nobody has critiqued as well."""
+        return self.critic == NO_CRITIC or self.reads.critique_dropout > 0
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the weights' sums and of what it reads: two models with one fingerprint give the same scores."""
         sums = [float(parameter.detach().double().sum()) for parameter in self.model.parameters()]
-        return content_hash(asdict(self.reads), sums, self.precision)
+        reads = asdict(self.reads)
+        if not self.reads.critique_dropout:
+            # Models from before there was dropout keep their fingerprint, and so the rewards that are on disk.
+            del reads["critique_dropout"]
+        return content_hash(reads, sums, self.precision)
 
     def encode(self, item: CritiquedPair, *, margin: float = 0.0) -> EncodedPair:
         """Tokenize one pair as this model reads it."""

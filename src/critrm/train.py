@@ -2,45 +2,28 @@
 
 import json
 import logging
-import math
+import os
 import shutil
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from critrm import models
-from critrm.batching import EncodedPair
+from critrm.callbacks import failure_advice
 from critrm.config import TrainConfig
-from critrm.errors import DataError
-from critrm.pair_trainer import (
-    EncodedPairs,
-    PairTrainer,
-    RichProgress,
-    TimedCheckpoints,
-    collate,
-    full_disk,
-    ranking_loss,
-)
+from critrm.errors import ConfigError, DataError
+from critrm.losses import ranking_loss
+from critrm.pair_trainer import PairTrainer, make_trainer, whole_model
 from critrm.reward_model import Reads, RewardModel
-from critrm.store import (
-    content_hash,
-    mark_stage_done,
-    read_records,
-    stage_is_done,
-    write_manifest,
-    write_records,
-)
+from critrm.store import content_hash, mark_stage_done, read_records, stage_is_done, write_manifest, write_records
+from critrm.training_data import TrainingPair, drop_critiques, encode_pairs, margin_of
 from critrm.types import CritiquedPair, Score
-
-PAPER_STEPS = 155
-"""Optimiser steps of the paper's runs; its 32 warm-up steps are a fifth of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,34 +37,19 @@ class TrainResult:
     """Tokens the backbone read, over all epochs."""
     seconds: float
     loss: float
-    """Mean ranking loss over the training steps."""
+    """Mean loss over the training steps."""
     notes: tuple[str, ...]
-
-
-def margin_of(item: CritiquedPair, margins: Mapping[str, float] | None) -> float:
-    """m(r): the pair's own margin, else that of its rating, else 0; 0 when margins are off."""
-    if margins is None:
-        return 0.0
-    if item.pair.margin is not None:
-        return item.pair.margin
-    return margins.get(item.pair.rating, 0.0) if item.pair.rating else 0.0
-
-
-def scaled_warmup(config: TrainConfig, n_steps: int) -> tuple[int, str]:
-    """The warm-up steps, scaled down with the number of steps when there are fewer than in the paper, and a note."""
-    if n_steps >= PAPER_STEPS or config.warmup_steps == 0:
-        return config.warmup_steps, ""
-    warmup = min(config.warmup_steps, max(1, round(config.warmup_steps * n_steps / PAPER_STEPS)))
-    return (
-        warmup,
-        f"warm-up scaled from {config.warmup_steps} to {warmup} steps: there are {n_steps} steps, not {PAPER_STEPS}",
-    )
 
 
 def run_facts(config: TrainConfig, *, seed: int, rate: float, max_length: int) -> dict[str, Any]:
     """What, with the pairs, decides a run's weights; the rest of the config is about speed, or about other runs."""
     others = {"learning_rates", "seeds", "n_held_out", "n_sweep", "pairs_per_pass", "checkpoint_minutes", "report_to"}
-    return config.model_dump(exclude=others) | {"seed": seed, "learning_rate": rate, "max_length": max_length}
+    facts = config.model_dump(exclude=others | {"gradient_checkpointing"})
+    # Settings that came later are no facts of a run without them: what was finished before they existed stays finished.
+    for later in ("loss", "center_weight", "lm_weight", "critique_dropout", "keep"):
+        if facts[later] == TrainConfig.model_fields[later].default:
+            del facts[later]
+    return facts | {"seed": seed, "learning_rate": rate, "max_length": max_length}
 
 
 def train_reward_model(
@@ -89,6 +57,7 @@ def train_reward_model(
     config: TrainConfig,
     *,
     out: str | Path,
+    held_out: Sequence[CritiquedPair] = (),
     seed: int = 0,
     learning_rate: float | None = None,
     max_length: int = 2048,
@@ -96,10 +65,13 @@ def train_reward_model(
 ) -> TrainResult:
     """Train one reward model on one arm; resumes from its last checkpoint, and does nothing when it is finished.
 
+    Under `torchrun` or `accelerate launch` every process calls it; the first one shows progress and writes.
+
     Args:
         pairs: critiqued pairs of one critic (or of none).
         config: section 4.4's settings.
         out: the run's folder; the model goes into `out/model`.
+        held_out: pairs of the same arm, for `keep: best` only.
         seed: of the head, the order of pairs and everything else that is drawn.
         learning_rate: its maximum; the first of the config's when None.
         max_length: tokens of prompt + completion + critique that are read.
@@ -107,100 +79,74 @@ def train_reward_model(
 
     Raises:
         DataError: no pairs, or pairs of several critics.
-        ModelError: the backbone cannot be loaded.
+        ConfigError: settings that do not go together, or with these pairs.
+        ModelError: the backbone cannot be loaded, or memory runs out.
+        StorageError: the disk is full.
     """
-    out, started = Path(out), time.time()
-    critics = {item.critic for item in pairs}
-    if len(critics) != 1:
-        raise DataError(f"training needs pairs of one arm, got {sorted(critics) or 'none'}", field="critic")
+    out, started = Path(out).absolute(), time.time()
+    _check(pairs, held_out, config)
     rate = config.learning_rates[0] if learning_rate is None else learning_rate
     facts = run_facts(config, seed=seed, rate=rate, max_length=max_length)
-    fingerprint = content_hash(facts, [asdict(item) for item in pairs])
+    data = [[asdict(item) for item in part] for part in ((pairs, held_out) if config.keep == "best" else (pairs,))]
+    fingerprint = content_hash(facts, *data)
     if stage_is_done(out, fingerprint):
         return _read_result(out)
 
-    reads = Reads(critic=pairs[0].critic, max_length=max_length, backbone=config.backbone)
-    reward_model = RewardModel.from_backbone(config.backbone, reads, seed=seed)
-    encoded = [reward_model.encode(item, margin=margin_of(item, config.margins)) for item in pairs]
-    trainer, notes = _trainer(reward_model, encoded, config, out=out, seed=seed, rate=rate, console=console)
-    if not any(pair.margin for pair in encoded) and config.margins is not None:
-        notes = (*notes, "no margin: the pairs carry no ratings")
-    checkpoint = _last_checkpoint(out, fingerprint)
-    with full_disk(out), models.quiet():
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    if config.lora_rank:
-        adapted: Any = trainer.model
-        adapted.save_pretrained(out / "adapter")
-        reward_model.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).merge_and_unload()
+    reads = Reads(
+        critic=pairs[0].critic,
+        max_length=max_length,
+        backbone=config.backbone,
+        critique_dropout=config.critique_dropout,
+    )
+    with failure_advice(out):
+        reward_model = RewardModel.from_backbone(config.backbone, reads, seed=seed)
+        arm = drop_critiques(pairs, config.critique_dropout, seed=seed)
+        encoded, n_cut = encode_pairs(arm, reward_model, config=config)
+        tested = encode_pairs(held_out, reward_model, config=config)[0] if config.keep == "best" else []
+        trainer, note = make_trainer(
+            reward_model, config, encoded=encoded, held_out=tested, out=out, seed=seed, rate=rate, console=console
+        )
+        with trainer.accelerator.main_process_first():
+            checkpoint = _last_checkpoint(out, fingerprint)
+        with models.quiet():
+            outcome = trainer.train(resume_from_checkpoint=checkpoint)
+            reward_model = whole_model(reward_model, trainer, config=config, out=out, seed=seed)
     result = TrainResult(
         folder=out / "model",
         n_pairs=len(pairs),
-        n_tokens=sum(pair.n_tokens for pair in encoded) * config.n_epochs,
+        n_tokens=sum(pair.encoded.n_tokens for pair in encoded) * config.n_epochs,
         seconds=round(time.time() - started, 1),
         loss=float(outcome.training_loss),
-        notes=notes,
+        notes=tuple(filter(None, (note, *_data_notes(encoded, n_cut, config, max_length=max_length)))),
     )
-    _finish(out, reward_model, trainer, result, facts, fingerprint, started)
+    if trainer.is_world_process_zero():
+        _finish(out, reward_model, trainer, result, facts, fingerprint, started)
+    trainer.accelerator.wait_for_everyone()  # so that each may load the model now
     return result
 
 
-def _trainer(
-    reward_model: RewardModel,
-    encoded: list[EncodedPair],
-    config: TrainConfig,
-    *,
-    out: Path,
-    seed: int,
-    rate: float,
-    console: Console | None,
-) -> tuple[PairTrainer, tuple[str, ...]]:
-    device = models.choose_device()
-    precision = models.choose_precision(device) if config.precision == "auto" else config.precision
-    # A divisor of the batch size, so that every optimiser step holds exactly `batch_size` pairs.
-    per_pass = max(n for n in range(1, config.pairs_per_pass + 1) if config.batch_size % n == 0)
-    n_steps = math.ceil(len(encoded) / config.batch_size) * config.n_epochs
-    warmup, note = scaled_warmup(config, n_steps)
-    arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        per_device_train_batch_size=per_pass,
-        gradient_accumulation_steps=config.batch_size // per_pass,
-        num_train_epochs=config.n_epochs,
-        learning_rate=rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate_share},
-        warmup_steps=warmup,
-        optim="adamw_torch",
-        weight_decay=0.0,
-        seed=seed,
-        bf16=precision == "bf16",
-        use_cpu=device == "cpu",
-        logging_steps=1,
-        save_strategy="no",
-        save_total_limit=1,
-        report_to=list(config.report_to) or "none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=device != "cpu",
-    )
-    callbacks: list[TrainerCallback] = [TimedCheckpoints(config.checkpoint_minutes)]
-    if console is not None:
-        callbacks.append(RichProgress(console, f"train {reward_model.critic}, seed {seed}, lr {rate:g}"))
-    model = _with_adapters(reward_model.model, config.lora_rank) if config.lora_rank else reward_model.model
-    trainer = PairTrainer(
-        model=model, args=arguments, train_dataset=EncodedPairs(encoded), data_collator=collate, callbacks=callbacks
-    )
-    trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a progress bar; the log is in log.jsonl
-    return trainer, (note,) if note else ()
+def _check(pairs: Sequence[CritiquedPair], held_out: Sequence[CritiquedPair], config: TrainConfig) -> None:
+    critics = {item.critic for item in (*pairs, *held_out)}
+    if len(critics) != 1 or not pairs:
+        raise DataError(f"training needs pairs of one arm, got {sorted(critics) or 'none'}", field="critic")
+    if config.keep == "best" and not held_out:
+        raise ConfigError("keep: best needs held-out pairs to choose by")
+    if config.loss == "scaled" and not any(margin_of(item, config.margins) for item in pairs):
+        raise ConfigError("loss: scaled multiplies by the margin, and no pair has a rating or a margin")
 
 
-def _with_adapters(model: Any, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=["score"])
-    with warnings.catch_warnings():
-        # peft still asks for an attribute by a name that transformers has deprecated.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, lora)
+def _data_notes(
+    encoded: Sequence[TrainingPair], n_cut: Mapping[str, int], config: TrainConfig, *, max_length: int
+) -> list[str]:
+    notes, n_unrated = [], sum(not pair.encoded.margin for pair in encoded)
+    if config.margins is not None and n_unrated == len(encoded):
+        notes.append("no margin: the pairs carry no ratings")
+    elif config.loss == "scaled" and n_unrated:
+        notes.append(f"{n_unrated} of {len(encoded)} pairs have no rating: the scaled loss takes no notice of them")
+    if any(n_cut.values()):
+        counts = ", ".join(f"the {name} of {n}" for name, n in n_cut.items() if n)
+        notes.append(f"cut to {max_length} tokens: {counts} of {len(encoded)} pairs")
+    return notes
 
 
 def _last_checkpoint(out: Path, fingerprint: str) -> str | None:
@@ -225,9 +171,7 @@ def _finish(
     fingerprint: str,
     started: float,
 ) -> None:
-    if not trainer.is_world_process_zero():
-        return
-    with full_disk(out):
+    with failure_advice(out):
         reward_model.save(out / "model")
     write_records(out / "log.jsonl", trainer.state.log_history)
     write_manifest(out, config=facts, started=started, seeds=[facts["seed"]], notes=result.notes)
@@ -254,14 +198,22 @@ def command(
     *,
     backbone: str,
     out: Path,
+    held_out: Path | None = None,
     seed: int = 0,
     learning_rate: float = 8e-5,
     batch_size: int = 32,
     n_epochs: int = 1,
     max_length: int = 2048,
     margin: bool = True,
+    loss: Literal["ranking", "scaled"] = "ranking",
+    center_weight: float = 0.0,
+    lm_weight: float = 0.0,
+    critique_dropout: float = 0.0,
+    keep: Literal["last", "best"] = "last",
     lora_rank: int = 0,
-    precision: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    pairs_per_pass: int = 8,
+    gradient_checkpointing: bool = False,
     checkpoint_minutes: float = 5.0,
     report_to: tuple[str, ...] = (),
 ) -> None:
@@ -271,32 +223,55 @@ def command(
         arm: critiqued pairs that `critrm augment` wrote.
         backbone: the pretrained model: hub id, folder, or `embedded:NAME`.
         out: folder of the run; the model goes into its `model`.
+        held_out: more pairs of the same arm, by which `--keep best` chooses.
         seed: of everything that is drawn.
         learning_rate: the maximum learning rate.
-        batch_size: pairs per optimiser step.
+        batch_size: pairs per optimiser step, over all processes.
         n_epochs: passes over the pairs.
         max_length: tokens of prompt + completion + critique that are read.
         margin: use the ratings' margins of equations 1 and 2, where the pairs have ratings.
+        loss: subtract the margin from the difference (ranking, the paper's), or multiply the loss by it (scaled).
+        center_weight: weight of (chosen + rejected)^2.
+        lm_weight: weight of a language-model loss on the critiques.
+        critique_dropout: share of the pairs that are read without their critiques.
+        keep: the last weights, or the best on the held-out pairs.
         lora_rank: train adapters of this rank and the head instead of all parameters.
         precision: fp32, bf16 or auto.
+        pairs_per_pass: pairs computed at once; memory grows with it, the result does not depend on it.
+        gradient_checkpointing: keep fewer activations: less memory, slower, the same result.
         checkpoint_minutes: least minutes between two checkpoints.
         report_to: the Trainer's loggers, such as tensorboard or wandb.
     """
-    settings: dict[str, Any] = {
-        "backbone": backbone,
-        "learning_rates": (learning_rate,),
-        "batch_size": batch_size,
-        "n_epochs": n_epochs,
-        "lora_rank": lora_rank,
-        "precision": precision,
-        "checkpoint_minutes": checkpoint_minutes,
-        "report_to": report_to,
-    }
-    config = TrainConfig(**settings if margin else settings | {"margins": None})
-    console = Console()
+    settings: dict[str, Any] = {} if margin else {"margins": None}
+    try:
+        config = TrainConfig(
+            backbone=backbone,
+            learning_rates=(learning_rate,),
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            loss=loss,
+            center_weight=center_weight,
+            lm_weight=lm_weight,
+            critique_dropout=critique_dropout,
+            keep=keep,
+            lora_rank=lora_rank,
+            precision=precision,
+            pairs_per_pass=pairs_per_pass,
+            gradient_checkpointing=gradient_checkpointing,
+            checkpoint_minutes=checkpoint_minutes,
+            report_to=report_to,
+            **settings,
+        )
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, found['loc'])) or 'train'}: {found['msg']}" for found in error.errors())
+        raise ConfigError("; ".join(problems)) from None
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes, the first one speaks
     logging.getLogger("transformers").setLevel(logging.ERROR)
     pairs = read_records(arm, CritiquedPair)
-    result = train_reward_model(pairs, config, out=out, seed=seed, max_length=max_length, console=console)
+    tests = read_records(held_out, CritiquedPair) if held_out else []
+    result = train_reward_model(
+        pairs, config, out=out, held_out=tests, seed=seed, max_length=max_length, console=console
+    )
     for note in result.notes:
         console.print(f"[yellow]Note:[/] {note}")
     console.print(

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from critrm.benchmarks import llmbar, pandalm, rewardbench
+from critrm.benchmarks import best_of_n, judgebench, llmbar, pandalm, rewardbench, rewardbench2, rmbench
 from critrm.errors import ConfigError, DataError
 from critrm.metrics import section_scores, tally
 from critrm.types import EvalResult, Outcome, PreferencePair, Score
@@ -19,10 +19,14 @@ class Benchmark:
     weights: Mapping[str, int] | None = None
     """Weight of a subset in its section; the number of scored pairs when None."""
     n_pairs: Mapping[str, int] = field(default_factory=dict)
-    """Pairs in each subset of the whole benchmark; anything else is called partial. Empty where any pairs will do."""
-    headline: str = "accuracy on all pairs"
+    """Pairs (or lists) in each subset of the whole benchmark; anything else is called partial. Empty: any will do."""
+    headline: str | Callable[[Sequence[PreferencePair]], str] = "accuracy on all pairs"
     averages_sections: bool = False
     """Whether the headline is the plain mean of the sections, not the accuracy on all pairs."""
+    counts_lists: bool = False
+    """Whether what is counted is a list (`best_of_n`), of which each pair is a part."""
+    extra_sections: Callable[[Sequence[PreferencePair], Mapping[str, Score]], dict[str, float]] | None = None
+    """Scores with a formula of their own; one of a section's name takes the section's place."""
     subset_name: Callable[[str], str] = str
     """From the spellings of a subset in the field to the one in these tables."""
 
@@ -40,7 +44,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         headline=llmbar.HEADLINE,
         subset_name=llmbar.subset_name,
     ),
-    "pandalm": Benchmark(title="PandaLM", headline=pandalm.HEADLINE),
+    "pandalm": Benchmark(title="PandaLM", headline=pandalm.headline),
     "rewardbench": Benchmark(
         title="RewardBench",
         sections=rewardbench.SECTIONS,
@@ -49,6 +53,32 @@ BENCHMARKS: dict[str, Benchmark] = {
         headline=rewardbench.HEADLINE,
         averages_sections=True,
     ),
+    "rewardbench2": Benchmark(
+        title="RewardBench 2",
+        sections=rewardbench2.SECTIONS,
+        n_pairs=rewardbench2.N_LISTS,
+        headline=rewardbench2.HEADLINE,
+        averages_sections=True,
+        counts_lists=True,
+        extra_sections=rewardbench2.extra_sections,
+    ),
+    "rmbench": Benchmark(
+        title="RM-Bench",
+        sections=rmbench.SECTIONS,
+        weights=rmbench.WEIGHTS,
+        n_pairs=rmbench.N_PAIRS,
+        headline=rmbench.HEADLINE,
+        averages_sections=True,
+        extra_sections=rmbench.extra_sections,
+    ),
+    "judgebench": Benchmark(
+        title="JudgeBench",
+        sections=judgebench.SECTIONS,
+        n_pairs=judgebench.N_PAIRS,
+        headline=judgebench.HEADLINE,
+        subset_name=judgebench.subset_name,
+    ),
+    "best-of-n": Benchmark(title="Best of n", headline=best_of_n.HEADLINE, counts_lists=True),
 }
 
 
@@ -82,19 +112,25 @@ def summarise(
         DataError: ids are repeated, scores are of other pairs, or no pair belongs to the benchmark.
     """
     table = find_benchmark(benchmark)
-    by_subset = {name: tally(outcomes) for name, outcomes in _outcomes(pairs, scores, table).items()}
+    found = _by_id(pairs, scores)
+    groups, outcomes = _items(pairs, found, table)
+    by_subset = {name: tally(outcomes[item] for item in items) for name, items in groups.items()}
     if pairs and table.n_pairs and not table.n_pairs.keys() & by_subset.keys():
         raise DataError(
             f"no pair is of {table.title}: these are {', '.join(by_subset)}, its subsets {', '.join(table.n_pairs)}",
             field="subset",
         )
-    overall = tally(_by_pair(pairs, scores).values())
+    overall = tally(outcomes.values())
     sections = section_scores(by_subset, table.sections, weights=table.weights)
+    if table.extra_sections and any(outcome is not Outcome.UNSCORED for outcome in outcomes.values()):
+        sections |= table.extra_sections(pairs, found)
     if table.averages_sections:
-        value = sum(sections.values()) / len(sections) if sections else None
+        averaged = [value for name, value in sections.items() if name in table.sections]
+        value = sum(averaged) / len(averaged) if averaged else None
     else:
         value = overall.accuracy.value if overall.accuracy else None
-    lacks = _lacks(pairs, table)
+    lacks = _lacks({name: len(items) for name, items in groups.items()}, table)
+    headline = table.headline if isinstance(table.headline, str) else table.headline(pairs)
     return EvalResult(
         benchmark=f"{table.title} (partial)" if lacks else table.title,
         model=model,
@@ -102,39 +138,44 @@ def summarise(
         overall=overall,
         subsets=by_subset,
         sections=sections,
-        headline="; ".join([table.headline, *lacks]),
+        headline="; ".join([headline, *lacks]),
         headline_value=value,
     )
 
 
-def _by_pair(pairs: Sequence[PreferencePair], scores: Sequence[Score]) -> dict[str, Outcome]:
-    """Pair id -> outcome, in the order of the pairs."""
+def _by_id(pairs: Sequence[PreferencePair], scores: Sequence[Score]) -> dict[str, Score]:
+    """Pair id -> its score, where it has one."""
     for kind, ids in (("pairs", [pair.id for pair in pairs]), ("scores", [score.pair_id for score in scores])):
         repeated = [each for each, count in Counter(ids).items() if count > 1]
         if repeated:
             raise DataError(f"two {kind} have the id {repeated[0]!r}; ids must be unique", field="id")
-    outcomes = {pair.id: Outcome.UNSCORED for pair in pairs}
+    known = {pair.id for pair in pairs}
     for score in scores:
-        if score.pair_id not in outcomes:
+        if score.pair_id not in known:
             raise DataError(f"a score of {score.pair_id!r}, which is none of the pairs", field="pair_id")
-        outcomes[score.pair_id] = score.outcome
-    return outcomes
+    return {score.pair_id: score for score in scores}
 
 
-def _outcomes(pairs: Sequence[PreferencePair], scores: Sequence[Score], table: Benchmark) -> dict[str, list[Outcome]]:
-    """Subset -> outcomes; the table's subsets first and in its order."""
-    by_pair = _by_pair(pairs, scores)
-    found: dict[str, list[Outcome]] = {name: [] for name in table.n_pairs}
+def _items(
+    pairs: Sequence[PreferencePair], scores: Mapping[str, Score], table: Benchmark
+) -> tuple[dict[str, list[str]], dict[str, Outcome]]:
+    """Subset -> what is counted in it (pairs or lists), the table's subsets first; and the outcome of each."""
+    groups: dict[str, dict[str, None]] = {name: {} for name in table.n_pairs}
     for pair in pairs:
-        found.setdefault(table.subset_of(pair), []).append(by_pair[pair.id])
-    return {name: outcomes for name, outcomes in found.items() if outcomes}
+        item = best_of_n.list_id(pair.id) if table.counts_lists else pair.id
+        groups.setdefault(table.subset_of(pair), {})[item] = None
+    if table.counts_lists:
+        lists = best_of_n.by_list(pairs, scores)
+        outcomes = {name: best_of_n.list_score(name, found).outcome for name, found in lists.items()}
+    else:
+        outcomes = {pair.id: scores[pair.id].outcome if pair.id in scores else Outcome.UNSCORED for pair in pairs}
+    return {name: list(items) for name, items in groups.items() if items}, outcomes
 
 
-def _lacks(pairs: Sequence[PreferencePair], table: Benchmark) -> list[str]:
+def _lacks(counts: Mapping[str, int], table: Benchmark) -> list[str]:
     """What keeps these pairs from being the whole benchmark, in words."""
-    counts = Counter(table.subset_of(pair) for pair in pairs)
-    missing = [name for name in table.n_pairs if not counts[name]]
-    uneven = [f"{name} {counts[name]} of {n}" for name, n in table.n_pairs.items() if counts[name] not in (0, n)]
+    missing = [name for name in table.n_pairs if name not in counts]
+    uneven = [f"{name} {counts[name]} of {n}" for name, n in table.n_pairs.items() if counts.get(name, n) != n]
     other = [name for name in counts if name not in table.n_pairs] if table.n_pairs else []
     titled = (("missing", missing), ("incomplete", uneven), ("not in the benchmark", other))
     return [f"{title}: {', '.join(names)}" for title, names in titled if names]

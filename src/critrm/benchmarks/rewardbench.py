@@ -4,6 +4,12 @@ The tables are those of the official scorer (github.com/allenai/reward-bench, `r
 numbers can be laid beside the leaderboard's. The paper reports the four sections and their plain mean (section 4.1).
 """
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from critrm.types import SIDES, PreferencePair, Score
+
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
     "Chat Hard": (
@@ -61,3 +67,42 @@ EXAMPLE_COUNTS: dict[str, int] = N_PAIRS | {
 """The weight of each subset's accuracy inside its section, as the official scorer has it."""
 
 HEADLINE = "average of the four sections"
+
+
+def official_files(
+    pairs: Sequence[PreferencePair], scores: Sequence[Score], *, model: str
+) -> dict[str, dict[str, Any]]:
+    """The results in the two forms that RewardBench's own script writes, for tools that read those.
+
+    Returns:
+        `eval-set`: accuracy by subset; `eval-set-scores`: one column per field, one entry per pair. As in the official
+        script a pair counts 1 only if the chosen reward is strictly higher, and unscored pairs count 0 here.
+    """
+    found = {score.pair_id: score for score in scores}
+    rewards = [found.get(pair.id, Score(pair.id, math.nan, math.nan)) for pair in pairs]
+    facts = {"model": model, "model_type": "Seq. Classifier", "chat_template": "critrm"}
+    by_subset: dict[str, list[int]] = {}
+    results = [int(score.chosen > score.rejected) for score in rewards]
+    for pair, result in zip(pairs, results, strict=True):
+        by_subset.setdefault(pair.subset or pair.source, []).append(result)
+    columns: Mapping[str, list[Any]] = {
+        "id": [int(pair.id) if pair.id.isdecimal() else pair.id for pair in pairs],
+        "subset": [pair.subset or pair.source for pair in pairs],
+        "results": results,
+        "scores_chosen": [_json_number(score.chosen) for score in rewards],
+        "scores_rejected": [_json_number(score.rejected) for score in rewards],
+        **{f"text_{side}": [_conversation(pair, pair.completion(side)) for pair in pairs] for side in SIDES},
+    }
+    return {
+        "eval-set": facts | {name: sum(each) / len(each) for name, each in by_subset.items()},
+        "eval-set-scores": {**facts, **columns},
+    }
+
+
+def _json_number(reward: float) -> float | None:
+    return reward if math.isfinite(reward) else None
+
+
+def _conversation(pair: PreferencePair, completion: str) -> list[dict[str, str]]:
+    turns = [{"role": message.role, "content": message.content} for message in pair.prompt]
+    return [*turns, {"role": "assistant", "content": completion}]

@@ -1,0 +1,120 @@
+"""Encoding with counts of what was cut, critique dropout, the shared order, and the critique tokens of a packed row."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from critrm.batching import EncodedPair
+from critrm.config import TrainConfig
+from critrm.reward_model import Reads, RewardModel
+from critrm.training_data import (
+    EpochSampler,
+    TrainingPair,
+    TrainingPairs,
+    collate,
+    drop_critiques,
+    encode_pairs,
+    margin_of,
+)
+from critrm.types import CritiquedPair
+
+
+@pytest.fixture
+def arm(pairs):
+    return [
+        CritiquedPair(pair=pair, critic="c", chosen_critique="good good", rejected_critique="bad, bad and bad")
+        for pair in pairs
+    ]
+
+
+def test_margins_come_from_the_pair_then_from_its_rating_then_from_nothing(arm):
+    margins = TrainConfig(backbone="x").margins
+    better = replace(arm[0], pair=replace(arm[0].pair, rating="better"))
+    assert margin_of(better, margins) == pytest.approx(2 / 3)
+    assert margin_of(replace(better, pair=replace(better.pair, margin=0.2)), margins) == 0.2
+    assert margin_of(replace(better, pair=replace(better.pair, rating=None)), margins) == 0.0
+    assert margin_of(better, None) == 0.0
+
+
+def test_dropped_critiques_are_about_the_share_and_the_seed_and_id_decide(arm):
+    many = [replace(item, pair=replace(item.pair, id=f"{item.pair.id}-{n}")) for n in range(50) for item in arm]
+    dropped = drop_critiques(many, 0.3, seed=0)
+    bare = {item.pair.id for item in dropped if not item.chosen_critique}
+    assert bare == {item.pair.id for item in dropped if not item.rejected_critique}
+    assert 0.2 < len(bare) / len(many) < 0.4
+    assert [item.pair.id for item in dropped] == [item.pair.id for item in many]
+    assert {item.pair.id for item in drop_critiques(many[::-1], 0.3, seed=0) if not item.chosen_critique} == bare
+    assert {item.pair.id for item in drop_critiques(many, 0.3, seed=1) if not item.chosen_critique} != bare
+    assert drop_critiques(many, 0.0, seed=0) == many
+
+
+def test_pairs_that_are_cut_are_counted_by_segment(tiny_model, arm):
+    config = TrainConfig(backbone=str(tiny_model))
+    item = arm[0]
+    long_prompt = replace(
+        item, pair=replace(item.pair, id="p", prompt=(replace(item.pair.prompt[0], content="a b " * 99),))
+    )
+    long_completion = replace(item, pair=replace(item.pair, id="y", chosen="a b " * 99))
+    long_critique = replace(item, pair=replace(item.pair, id="c"), rejected_critique="a b " * 99)
+    model = RewardModel.from_backbone(str(tiny_model), Reads(critic="c", max_length=120), seed=0)
+    assert encode_pairs([long_prompt], model, config=config)[1] == {"prompt": 1, "completion": 0, "critique": 0}
+    pairs, n_cut = encode_pairs([item, long_prompt, long_completion, long_critique], model, config=config)
+    assert n_cut["completion"] >= 1
+    assert n_cut["critique"] == 1
+    for pair in pairs:
+        assert len(pair.encoded.prompt) + max(map(len, pair.encoded.branches)) <= 120
+    roomy = RewardModel.from_backbone(str(tiny_model), Reads(critic="c", max_length=1000), seed=0)
+    assert not any(encode_pairs([item, long_prompt], roomy, config=config)[1].values())
+
+
+@given(st.integers(1, 40), st.integers(0, 5), st.integers(1, 8))
+def test_the_order_is_a_new_permutation_each_epoch_filled_up_to_the_multiple(n_pairs, seed, multiple):
+    sampler = EpochSampler(n_pairs, seed=seed, multiple=multiple)
+    first = list(sampler)
+    assert sorted(first[:n_pairs]) == list(range(n_pairs))
+    assert len(first) == len(sampler)
+    assert len(first) % multiple == 0
+    assert len(first) - n_pairs < multiple
+    assert set(first[n_pairs:]) <= {n_pairs}
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert n_pairs < 8 or list(sampler) != first
+
+
+def test_what_fills_up_a_batch_weighs_nothing():
+    data = TrainingPairs(
+        [TrainingPair(EncodedPair("a", [1, 2], ([3], [4]))), TrainingPair(EncodedPair("b", [1], ([3], [4])))]
+    )
+    assert len(data) == 2
+    assert data[2].weight == 0
+    assert data[2].encoded.pair_id == "b"
+    assert collate([data[0], data[2]])["weights"].tolist() == [1, 0]
+
+
+LENGTHS = st.tuples(st.integers(1, 4), *[st.tuples(st.integers(0, 3), st.integers(0, 3)) for _ in range(2)])
+
+
+@given(st.lists(LENGTHS, min_size=1, max_size=4))
+def test_critique_tokens_are_predicted_from_the_token_before_them_in_their_own_sequence(rows):
+    # Each token is a number of its own, so that a sequence can be recognised wherever it lies in the row.
+    counter = iter(range(1000))
+    pairs, followed, expected = [], {}, []
+    for index, (n_prompt, *branches) in enumerate(rows):
+        prompt = [next(counter) for _ in range(n_prompt)]
+        made = []
+        for n_completion, n_critique in branches:
+            branch = [next(counter) for _ in range(max(n_completion, n_critique == 0) + n_critique)]
+            sequence = prompt + branch
+            followed |= dict(zip(sequence[n_prompt:], sequence[n_prompt - 1 :], strict=False))
+            expected += [(token, index) for token in branch[len(branch) - n_critique :]]
+            made.append(branch)
+        pairs.append(TrainingPair(EncodedPair(str(index), prompt, tuple(made)), tuple(n for _, n in branches)))
+    batch = collate(pairs)
+    tokens = batch["input_ids"][0, batch["critique_tokens"]].tolist()
+    sources = batch["input_ids"][0, batch["critique_sources"]].tolist()
+    assert list(zip(tokens, batch["critique_pairs"].tolist(), strict=True)) == expected
+    assert sources == [followed[token] for token in tokens]
+    assert batch["critique_sources"].dtype == torch.long
