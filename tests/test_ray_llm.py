@@ -291,6 +291,7 @@ def test_workers_and_their_models_serve_the_next_stream(cluster):
 
 
 DRIVER = """
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -300,6 +301,7 @@ from critrm.llm import OpenAIChat, Sampling
 from critrm.preferences import read_pairs
 from critrm.ray_llm import RayChat
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 url, pairs, cache = sys.argv[1:]
 chat = RayChat(partial(OpenAIChat, "m", base_url=url, concurrency=4), model="m", n_workers=2, block_size=8)
 with CritiqueCache(cache) as store:
