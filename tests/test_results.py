@@ -1,14 +1,12 @@
-"""Arms side by side: groups, paired differences, tables."""
+"""Arms side by side: groups, paired differences, null baselines."""
 
-import io
 import math
 
 import pytest
-from rich.console import Console
 
 from critrm.baselines import CRITIQUES_ONLY, LONGER, LONGER_CRITIQUE, SENTIMENT
 from critrm.errors import DataError
-from critrm.results import ALL, baseline_notes, compare_arms, costs_table, results_markdown, results_table
+from critrm.results import ALL, baseline_notes, compare_arms
 from critrm.types import NO_CRITIC, Message, Outcome, PreferencePair, Score
 
 
@@ -63,31 +61,6 @@ def test_scores_that_lack_a_pair_are_refused():
     pairs = _pairs(["x", "x"])
     with pytest.raises(DataError, match="lack 1 pairs, such as 'p1'"):
         compare_arms(pairs, {NO_CRITIC: [_scores(pairs, {0})[:1]]})
-
-
-def test_tables_show_every_arm_and_group():
-    pairs = _pairs(["x", "y"])
-    arms = {NO_CRITIC: [_scores(pairs, {0})], "c": [_scores(pairs, {0, 1})]}
-    results = {
-        "n_train": 7,
-        "seeds": [0],
-        "backbone": "b",
-        "learning_rates": {NO_CRITIC: 8e-5, "c": 5e-5},
-        "tests": {"mini": compare_arms(pairs, arms)},
-        "seconds": {"critique c": 12.0, "train c": 30.0},
-        "tokens": {NO_CRITIC: {"critic_read": 0, "critic_wrote": 0, "train": 10},
-                   "c": {"critic_read": 1234, "critic_wrote": 56, "train": 789}},
-    }  # fmt: skip
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(results_table(results))
-    console.print(costs_table(results))
-    text = console.export_text()
-    for expected in ("no critiques", "0.500 [", "1,234", "7 training pairs"):
-        assert expected in text
-    markdown = results_markdown(results)
-    assert markdown.count("\n| mini |") == 1
-    assert "+0.500 [" in markdown
-    assert "c 5e-05" in markdown
 
 
 def _outcomes(n, right):
@@ -147,21 +120,3 @@ def test_a_baseline_of_other_pairs_is_refused():
 def test_an_arm_without_the_no_critiques_arm_has_no_difference_from_it():
     pairs = _pairs(["x", "x"])
     assert compare_arms(pairs, {"c": [_scores(pairs, {0})]})[ALL]["arms"]["c"]["difference"] is None
-
-
-def test_tables_show_null_baselines_under_the_arms_and_the_notes():
-    results = {
-        "n_train": 7, "seeds": [0], "backbone": "b", "learning_rates": {NO_CRITIC: 8e-5, "c": 5e-5},
-        "tests": {"mini": _with_baselines(10, 30)}, "seconds": {"train c": 30.0}, "tokens": {},
-    }  # fmt: skip
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(results_table(results))
-    text = " ".join(console.export_text().split())
-    assert f"null: {CRITIQUES_ONLY}" in text
-    assert f"does not beat {CRITIQUES_ONLY} (0.750)" in text
-    markdown = results_markdown(results)
-    assert f"null: {CRITIQUES_ONLY} |  | - | 0.750 [.60, .86] | -0.500" in markdown
-    assert f"- mini: c (0.250) does not beat {CRITIQUES_ONLY}" in markdown
-    old = {label: {k: v for k, v in group.items() if k not in ("kind", "baselines")}
-           for label, group in results["tests"]["mini"].items()}  # fmt: skip
-    assert "null" not in results_markdown(results | {"tests": {"mini": old}}).partition("training pairs")[0]

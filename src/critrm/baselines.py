@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 LONGER = "longer completion wins"
 LONGER_CRITIQUE = "longer critique wins"
-COMPLETIONS_ONLY = "completions only (bag of words)"
-CRITIQUES_ONLY = "critiques only (bag of words)"
+COMPLETIONS_ONLY = "bag of words, completions"
+CRITIQUES_ONLY = "bag of words, critiques"
 SENTIMENT = "critique sentiment only"
 LEAKED = "leaked score only"
 OWN_SCORE = "critic's own score"

@@ -11,7 +11,7 @@ from critrm.config import BUNDLED, Recipe, load_recipe
 from critrm.errors import ConfigError
 from critrm.evaluate import read_scores
 from critrm.pipeline import run_recipe
-from critrm.results import costs_table, results_table
+from critrm.result_tables import baselines_table, costs_table, results_table
 from critrm.store import read_records
 from critrm.types import NO_CRITIC, CritiquedPair, Score
 
@@ -39,7 +39,9 @@ def command(*, out: Path = Path("runs/demo"), quick: bool = False, resume: bool 
     for critic in list(results["learning_rates"])[1:]:
         for panel in _examples(out, recipe, critic):
             console.print(panel)
-    console.print(results_table(results))
+    for table in (results_table(results), baselines_table(results)):
+        if table is not None:
+            console.print(table)
     console.print(costs_table(results))
     if quick:
         console.print("A quick run is too small to tell arms apart; run `critrm demo` for that.")

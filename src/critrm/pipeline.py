@@ -35,7 +35,8 @@ from critrm.evaluate import evaluate, read_scores
 from critrm.models import load_tokenizer
 from critrm.overlap import overlap_warning
 from critrm.preferences import read_pairs
-from critrm.results import ArmScores, compare_arms, results_markdown, results_table
+from critrm.result_tables import baselines_table, results_markdown, results_table
+from critrm.results import ArmScores, compare_arms
 from critrm.reward_model import RewardModel
 from critrm.store import (
     content_hash,
@@ -324,5 +325,7 @@ def command(recipe: str, *, out: Path | None = None, dry_run: bool = False) -> N
         return
     out = out or Path("runs") / loaded.name
     results = run_recipe(loaded, out=out, console=console)
-    console.print(results_table(results))
+    for table in (results_table(results), baselines_table(results)):
+        if table is not None:
+            console.print(table)
     console.print(f"Run folder: {out}", soft_wrap=True)

@@ -4,10 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
-
 from critrm.baselines import CRITIQUE_NULLS, CRITIQUES_ONLY
 from critrm.benchmarks import BENCHMARKS
 from critrm.errors import DataError
@@ -167,14 +163,17 @@ def baseline_notes(tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
                         f"{where}: {critic} was not compared with a bag of words over its critiques, which needs the "
                         "arm's training pairs and `pip install 'critrm[eval]'`."
                     )
-                mean = group["arms"][critic]["mean"]
-                notes += [
-                    f"{where}: {critic} ({mean:.3f}) does not beat {name} ({found[name]['mean']:.3f}): "
-                    f"{found[name]['difference']['value']:+.3f}, p {found[name]['difference']['p_value']:.2g}. It may "
-                    "have learnt no more than how critics word praise and blame."
+                lost = [
+                    f"{name} ({found[name]['mean']:.3f}, p {found[name]['difference']['p_value']:.2g})"
                     for name in CRITIQUE_NULLS
                     if name in found and not _beats(found[name]["difference"])
                 ]
+                if lost:
+                    mean = group["arms"][critic]["mean"]
+                    notes.append(
+                        f"{where}: {critic} ({mean:.3f}) does not beat {', '.join(lost)}. It may have learnt no more "
+                        "than how critics word praise and blame."
+                    )
     return notes
 
 
@@ -190,120 +189,3 @@ def _interval(mean: float | None, n_items: int) -> dict[str, float | None]:
     found = tally([Outcome.RIGHT] * n_right + [Outcome.WRONG] * (n_items - n_right)).accuracy
     assert found is not None
     return {"low": found.low, "high": found.high}
-
-
-def _cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Column titles and rows of text, shared by the terminal's table and the Markdown one."""
-    critics = list(results["learning_rates"])
-    titles = ["test set", "pairs"]
-    for critic in critics:
-        titles += [critic] if critic == NO_CRITIC else [critic, "difference", "p"]
-    rows = []
-    for test, groups in results["tests"].items():
-        for label, group in groups.items():
-            row = [test if label == ALL else f"  {label}", str(group["n"])]
-            for critic in critics:
-                row += _arm_cells(group["arms"][critic], with_difference=critic != NO_CRITIC)
-            rows.append(row)
-            if group.get("kind") != "subset":
-                rows += _baseline_rows(group.get("baselines", {}), critics)
-    return titles, rows
-
-
-def _baseline_rows(found: Mapping[str, Mapping[str, Any]], critics: Sequence[str]) -> list[list[str]]:
-    names = dict.fromkeys(name for each in found.values() for name in each)
-    rows = []
-    for name in names:
-        row = [f"    null: {name}", ""]
-        for critic in critics:
-            null = found.get(critic, {}).get(name, {"mean": None})
-            row += _arm_cells(null, with_difference=critic != NO_CRITIC)
-        rows.append(row)
-    return rows
-
-
-def _arm_cells(arm: Mapping[str, Any], *, with_difference: bool) -> list[str]:
-    if arm["mean"] is None:
-        return ["-"] * (3 if with_difference else 1)
-    spread = f" ±{arm['std']:.3f}" if arm.get("std") is not None else ""
-    cells = [f"{arm['mean']:.3f}{spread} [{_short(arm['low'])}, {_short(arm['high'])}]"]
-    if with_difference:
-        found = arm["difference"]
-        cells += (
-            [f"{found['value']:+.3f} [{found['low']:+.2f}, {found['high']:+.2f}]", f"{found['p_value']:.2g}"]
-            if found
-            else ["-", "-"]
-        )
-    return cells
-
-
-def _short(share: float) -> str:
-    return f"{share:.2f}".removeprefix("0")
-
-
-def results_table(results: Mapping[str, Any]) -> Table:
-    """A run's results for the terminal."""
-    seeds = len(results["seeds"])
-    table = Table(
-        title="Strict accuracy by test set",
-        caption=f"{results['n_train']} training pairs, {seeds} seed{'s' if seeds > 1 else ''}; [95 % intervals]; "
-        "p: paired, against no critiques" + ("; ± standard deviation over seeds" if seeds > 1 else ""),
-    )
-    titles, rows = _cells(results)
-    # A terminal has no room for the differences; they are in results.md.
-    shown = [index for index, title in enumerate(titles) if title != "difference"]
-    for index in shown:
-        title = "no critiques" if titles[index] == NO_CRITIC else titles[index]
-        table.add_column(Text(title), justify="left" if index == 0 else "right")
-    for row in rows:
-        style = "dim" if row[0].startswith("    ") else None if row[0].startswith(" ") else "bold"
-        table.add_row(*(Text(row[index]) for index in shown), style=style)
-    for note in baseline_notes(results["tests"]):
-        table.caption = f"{table.caption}\n{escape(note)}"
-    return table
-
-
-def costs_table(results: Mapping[str, Any]) -> Table:
-    """Seconds and tokens by stage and arm, for the terminal."""
-    table = Table(title="What it took")
-    for index, title in enumerate(("stage", "seconds", "tokens read", "tokens written")):
-        table.add_column(title, justify="left" if index == 0 else "right")
-    for stage, seconds in results["seconds"].items():
-        verb, _, critic = stage.partition(" ")
-        tokens = results["tokens"].get(critic, {})
-        read = {"critique": tokens.get("critic_read"), "train": tokens.get("train")}.get(verb)
-        written = tokens.get("critic_wrote") if verb == "critique" else None
-        table.add_row(stage, f"{seconds:.0f}", f"{read:,}" if read else "", f"{written:,}" if written else "")
-    return table
-
-
-def results_markdown(results: Mapping[str, Any]) -> str:
-    """A run's results as a Markdown table with its key."""
-    titles, rows = _cells(results)
-    lines = [
-        "| " + " | ".join(titles) + " |",
-        "|" + "|".join("---" if i == 0 else "---:" for i in range(len(titles))) + "|",
-    ]
-    for row in rows:
-        name = (
-            row[0] if not row[0].startswith(" ") else "&nbsp;" * (len(row[0]) - len(row[0].lstrip())) + row[0].strip()
-        )
-        lines.append("| " + " | ".join([name, *row[1:]]) + " |")
-    rates = ", ".join(f"{critic} {rate:g}" for critic, rate in results["learning_rates"].items())
-    lines += [
-        "",
-        f"{results['n_train']} training pairs, backbone {results['backbone']}, seeds {results['seeds']}, "
-        f"learning rates: {rates}. "
-        "Strict accuracy (a tie is not right), mean over seeds ± standard deviation, "
-        "[95 % Wilson interval over items]. "
-        "Difference from no critiques with its 95 % interval and p from a paired bootstrap over items and seeds "
-        "(exact McNemar for one seed), not adjusted for the number of rows. "
-        "In a row that begins with *null*, a baseline that reads no meaning: its accuracy, and how much better the arm "
-        "is than it. Half credit for ties, and all numbers by subset, are in results.json.",
-        "",
-        *(f"- {note}\n" for note in baseline_notes(results["tests"])),
-        "| stage | seconds |",
-        "|---|---:|",
-        *(f"| {stage} | {seconds:.0f} |" for stage, seconds in results["seconds"].items()),
-    ]
-    return "\n".join(lines) + "\n"

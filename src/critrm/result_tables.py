@@ -1,0 +1,179 @@
+"""A run's results as tables: for the terminal, and in Markdown."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from critrm.results import ALL, baseline_notes
+from critrm.types import NO_CRITIC
+
+_Row = list[str]
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """The arms side by side, over all pairs of each test set and by group, for the terminal."""
+    seeds = len(results["seeds"])
+    caption = (
+        f"{results['n_train']} training pairs, {seeds} seed{'s' if seeds > 1 else ''}; [95 % intervals]; difference "
+        "from no critiques and p: paired" + ("; ± standard deviation over seeds" if seeds > 1 else "")
+    )
+    table = _table("Strict accuracy by test set", caption, ("test set, and its arms", "accuracy", "difference", "p"))
+    for test, groups in results["tests"].items():
+        for label, group in groups.items():
+            style = "bold" if label == ALL else ""
+            table.add_row(Text(f"{test if label == ALL else label}, {group['n']} pairs", style))
+            for critic, arm in group["arms"].items():
+                accuracy, difference, p_value = _cells(arm)
+                name = Text(f" {_name(critic)}")
+                if critic == NO_CRITIC:
+                    table.add_row(name, Text(accuracy, style))
+                else:
+                    table.add_row(name, Text(accuracy, style), Text(difference), Text(p_value))
+            table.add_section()
+    return table
+
+
+def _name(critic: str) -> str:
+    return "no critiques" if critic == NO_CRITIC else critic
+
+
+def baselines_table(results: Mapping[str, Any]) -> Table | None:
+    """Null baselines below each arm, over all pairs of each test set, for the terminal; None where there are none."""
+    caption = "\n".join(["arm minus null and p: paired", *baseline_notes(results["tests"])])
+    table = _table("What reads no meaning gets", caption, ("arm, and its nulls", "accuracy", "arm minus null", "p"))
+    for test, groups in results["tests"].items():
+        for critic, nulls in groups[ALL].get("baselines", {}).items():
+            table.add_row(
+                Text(f"{test}, {_name(critic)}", "bold"), Text(_cells(groups[ALL]["arms"][critic])[0], "bold"), "", ""
+            )
+            for null, found in nulls.items():
+                if found["mean"] is not None:
+                    table.add_row(Text(f" {null}"), *map(Text, _cells(found)))
+            table.add_section()
+    return table if table.row_count else None
+
+
+def _table(title: str, caption: str, titles: Sequence[str]) -> Table:
+    # Without lines between columns, so that three arms fit into 80 columns; texts as `Text`, never as markup.
+    table = Table(title=title, caption=Text(caption), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in titles:
+        is_number = name != titles[0]
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+    return table
+
+
+def _arms(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
+    """Column titles and rows of text: the arms in each group."""
+    critics = list(results["learning_rates"])
+    titles = ["test set", "pairs"]
+    for critic in critics:
+        titles += [critic] if critic == NO_CRITIC else [critic, "difference", "p"]
+    rows = []
+    for test, groups in results["tests"].items():
+        for label, group in groups.items():
+            row = [test if label == ALL else f"  {label}", str(group["n"])]
+            for critic in critics:
+                row += _cells(group["arms"][critic])[: 1 if critic == NO_CRITIC else 3]
+            rows.append(row)
+    return titles, rows
+
+
+def _nulls(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
+    """Column titles and rows of text: each null baseline under each arm; those that never apply are left out."""
+    critics = list(results["learning_rates"])
+    titles = ["null baseline", *(title for critic in critics for title in (critic, "arm minus null", "p"))]
+    rows = []
+    for test, groups in results["tests"].items():
+        found = groups[ALL].get("baselines", {})
+        names = dict.fromkeys(name for each in found.values() for name in each)
+        applied = [row for row in (_null(name, found, critics) for name in names) if set(row[1:]) != {"-"}]
+        if applied:
+            rows += [[test, *[""] * (len(titles) - 1)], *applied]
+    return titles, rows
+
+
+def _null(name: str, found: Mapping[str, Mapping[str, Any]], critics: Sequence[str]) -> _Row:
+    cells = (_cells(found.get(critic, {}).get(name, {"mean": None})) for critic in critics)
+    return [f"  {name}", *(cell for each in cells for cell in each)]
+
+
+def _cells(arm: Mapping[str, Any]) -> _Row:
+    """Accuracy with its interval, the difference with its interval, and its p-value."""
+    if arm["mean"] is None:
+        return ["-"] * 3
+    spread = f" ±{arm['std']:.3f}" if arm.get("std") is not None else ""
+    accuracy = f"{arm['mean']:.3f}{spread} [{_short(arm['low'])}, {_short(arm['high'])}]"
+    found = arm["difference"]
+    if not found:
+        return [accuracy, "-", "-"]
+    return [
+        accuracy,
+        f"{found['value']:+.3f} [{_signed(found['low'])}, {_signed(found['high'])}]",
+        f"{found['p_value']:.2g}",
+    ]
+
+
+def _short(share: float) -> str:
+    return f"{share:.2f}".removeprefix("0")
+
+
+def _signed(share: float) -> str:
+    return f"{share:+.2f}".replace("0.", ".", 1)
+
+
+def costs_table(results: Mapping[str, Any]) -> Table:
+    """Seconds and tokens by stage and arm, for the terminal."""
+    table = Table(title="What it took")
+    for index, title in enumerate(("stage", "seconds", "tokens read", "tokens written")):
+        table.add_column(title, justify="left" if index == 0 else "right")
+    for stage, seconds in results["seconds"].items():
+        verb, _, critic = stage.partition(" ")
+        tokens = results["tokens"].get(critic, {})
+        read = {"critique": tokens.get("critic_read"), "train": tokens.get("train")}.get(verb)
+        written = tokens.get("critic_wrote") if verb == "critique" else None
+        table.add_row(Text(stage), f"{seconds:.0f}", f"{read:,}" if read else "", f"{written:,}" if written else "")
+    return table
+
+
+def results_markdown(results: Mapping[str, Any]) -> str:
+    """A run's results as Markdown tables with their keys."""
+    rates = ", ".join(f"{critic} {rate:g}" for critic, rate in results["learning_rates"].items())
+    lines = [
+        *_markdown(*_arms(results)),
+        "",
+        f"{results['n_train']} training pairs, backbone {results['backbone']}, seeds {results['seeds']}, "
+        f"learning rates: {rates}. "
+        "Strict accuracy (a tie is not right), mean over seeds ± standard deviation, "
+        "[95 % Wilson interval over items]. "
+        "Difference from no critiques with its 95 % interval and p from a paired bootstrap over items and seeds "
+        "(exact McNemar for one seed), not adjusted for the number of rows. "
+        "Half credit for ties, and all numbers by subset, are in results.json.",
+        "",
+    ]
+    titles, rows = _nulls(results)
+    if rows:
+        lines += [
+            *_markdown(titles, rows),
+            "",
+            "Null baselines read no meaning. Each arm's column has the baseline's accuracy, how much better the arm is "
+            "than it, and p of that.",
+            "",
+            *(f"- {note}\n" for note in baseline_notes(results["tests"])),
+        ]
+    lines += [
+        "| stage | seconds |",
+        "|---|---:|",
+        *(f"| {stage} | {seconds:.0f} |" for stage, seconds in results["seconds"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(titles: _Row, rows: Sequence[_Row]) -> Iterator[str]:
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + "|".join("---" if index == 0 else "---:" for index in range(len(titles))) + "|"
+    for row in rows:
+        name = row[0].lstrip()
+        yield "| " + " | ".join(["&nbsp;" * (len(row[0]) - len(name)) + name, *row[1:]]) + " |"
