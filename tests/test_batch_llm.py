@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import pytest
 
 from critrm import batch_llm
 from critrm.batch_llm import BatchChat
+from critrm.critique import command
+from critrm.critique_files import read_critiques
 from critrm.errors import ConfigError, CriticError, StorageError
 from critrm.llm import ChatRequest, Reply, Sampling
-from critrm.types import Message
+from critrm.store import write_records
+from critrm.types import Message, PreferencePair
 
 KEY = "sk-very-secret"
 
@@ -373,3 +377,29 @@ def test_settings_and_states_that_cannot_work(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(CriticError, match="OTHER_KEY"):
         BatchChat("m", state=tmp_path / "x", key_variable="OTHER_KEY")
+
+
+def test_the_command_sends_one_batch_and_the_same_command_again_sends_none(
+    server: tuple[BatchServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("critrm.critics.BatchChat", partial(BatchChat, poll_seconds=0.01))
+    provider, url = server
+    pairs = [
+        PreferencePair(id=f"p{i}", prompt=(Message("user", "Hello"),), chosen=f"Good {i}.", rejected=f"Bad {i}.")
+        for i in range(3)
+    ]
+    write_records(tmp_path / "pairs.jsonl", pairs)
+    for _ in range(2):
+        command(
+            str(tmp_path / "pairs.jsonl"),
+            model="m",
+            base_url=url,
+            key_variable="OPENAI_API_KEY",
+            batch=True,
+            out=tmp_path / "critiques.jsonl",
+            cache=tmp_path / "cache.sqlite",
+        )
+        assert len(provider.batches) == 1 and len(provider.texts_sent()) == 6
+    rows = read_critiques(tmp_path / "critiques.jsonl")
+    assert len(rows) == 6 and not any(row.failure for row in rows)
+    assert all(pairs[i // 2].completion(row.side) in row.text for i, row in enumerate(rows))

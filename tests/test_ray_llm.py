@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from critrm.critique import critique_pairs
+from critrm.critique import command, critique_pairs
 from critrm.critique_cache import CritiqueCache
+from critrm.critique_files import read_critiques
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import ChatRequest, OpenAIChat, Reply, Sampling
 from critrm.store import write_records
@@ -129,6 +130,38 @@ def test_rows_are_those_of_the_local_engine_though_a_worker_is_killed(cluster, t
     assert killed.is_set()
     assert facts(rows) == facts(expected) == facts(again)
     assert 80 <= n_calls <= 80 + 4, "only the calls that the killed worker had under way are made again"
+
+
+def test_the_command_runs_on_the_cluster_and_counts_the_same_calls(cluster, tmp_path, monkeypatch):
+    write_records(tmp_path / "pairs.jsonl", make_pairs(6))
+    files = {engine: tmp_path / f"{engine}.jsonl" for engine in ("local", "ray")}
+    with serving(answer) as server:
+        for engine, out in files.items():
+            command(
+                str(tmp_path / "pairs.jsonl"),
+                model="m",
+                out=out,
+                base_url=server.url,
+                engine=engine,
+                workers=2,
+                cache=tmp_path / f"{engine}.sqlite",
+            )
+            assert len(server.bodies) == 12
+            server.bodies.clear()
+    rows = {
+        engine: [(row.pair_id, row.side, row.key, row.text) for row in read_critiques(out)]
+        for engine, out in files.items()
+    }
+    assert rows["ray"] == rows["local"]
+    with pytest.raises(ConfigError, match="one upload"):
+        command(
+            str(tmp_path / "pairs.jsonl"),
+            model="m",
+            out=tmp_path / "x",
+            base_url="http://x/v1",
+            engine="ray",
+            batch=True,
+        )
 
 
 @pytest.mark.slow
@@ -295,7 +328,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from critrm.critique import critique_pairs
+from critrm.critique import command, critique_pairs
 from critrm.critique_cache import CritiqueCache
 from critrm.llm import OpenAIChat, Sampling
 from critrm.preferences import read_pairs
