@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from critrm.augment import Budget, augment_pairs, command, file_name, sample_arms, segment_pair, text_encoder
+from critrm.augment import Budget, augment_pairs, command, sample_arms, segment_pair, text_encoder
 from critrm.errors import ConfigError, DataError
 from critrm.models import load_tokenizer
 from critrm.store import read_records, write_records
@@ -226,11 +226,3 @@ def test_the_command_takes_the_quality_options(tmp_path, capsys):
     counts = json.loads((tmp_path / "out" / "augment.json").read_text())
     assert counts["dropped"] == {"critique by c: dialogue": 1, "critique by c contradicts the label": 1}
     assert "contradicts the label" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("critic", "name"),
-    [("org/Model-1.5", "org-Model-1.5"), ("embedded:X", "embedded-X"), ("..", "critic"), ("", "critic")],
-)
-def test_file_names_of_critics_stay_inside_their_folder(critic, name):
-    assert file_name(critic) == name

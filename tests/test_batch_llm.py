@@ -272,11 +272,64 @@ def test_after_a_kill_between_replies_only_what_is_new_is_sent(server, tmp_path,
     provider, url = server
     monkeypatch.setattr(batch_llm, "MAX_REQUESTS", 4)
     assert abandon(chat_at(url, tmp_path), TEXTS, after=6) == 6
-    assert [batch["id"] for batch in noted(tmp_path)] == ["batch-1", "batch-2"]  # the first was over
+    # The first batch is over; of the second one a reply has been stored, and perhaps not the last one taken.
+    assert {batch["id"]: len(batch["requests"]) for batch in noted(tmp_path)} == {"batch-1": 3, "batch-2": 1}
     # The caller has stored some and asks for the rest, and for more.
     replies = ask(chat_at(url, tmp_path), [*TEXTS[4:], "new"])
     assert {reply.text for reply in replies.values()} == {f"To {text}" for text in [*TEXTS[4:], "new"]}
     assert len(provider.batches) == 4
+    assert noted(tmp_path) == []
+
+
+def test_a_batch_that_is_partly_wanted_keeps_its_other_answers(server, tmp_path) -> None:
+    provider, url = server
+    provider.ready = False
+    assert abandon(chat_at(url, tmp_path), TEXTS, after=0.3) == 0
+    provider.ready = True
+    for wanted in (TEXTS[:2], TEXTS[1:4]):
+        n_noted = len(noted(tmp_path)[0]["requests"])
+        # The first of the second lot has been handed over: the caller lost it, or asks a failed call again.
+        replies = ask(chat_at(url, tmp_path), wanted)
+        assert [replies[f"id-{i}"].text for i in range(len(wanted))] == [f"To {text}" for text in wanted]
+        assert len(noted(tmp_path)[0]["requests"]) == n_noted - 2
+    assert len(provider.texts_sent()) == 10 and len(noted(tmp_path)) == 1
+    replies = ask(chat_at(url, tmp_path), TEXTS[4:])
+    assert {reply.text for reply in replies.values()} == {f"To {text}" for text in TEXTS[4:]}
+    assert len(provider.texts_sent()) == 10 and noted(tmp_path) == []
+
+
+def test_a_job_that_ends_later_brings_no_batch_back(server, tmp_path) -> None:
+    provider, url = server
+    provider.ready = False
+    assert abandon(chat_at(url, tmp_path), TEXTS, after=0.3) == 0
+
+    async def both() -> None:
+        few, all_of_them = (
+            chat_at(url, tmp_path).stream(requests(texts), Sampling(max_tokens=5)) for texts in (TEXTS[:2], TEXTS)
+        )
+        provider.ready = True
+        await anext(few)
+        assert len([reply async for reply in all_of_them]) == 9
+        assert len([reply async for reply in few]) == 1
+
+    asyncio.run(both())
+    assert len(provider.batches) == 1 and noted(tmp_path) == []
+
+
+def test_results_that_the_provider_has_deleted_become_rows(server, tmp_path) -> None:
+    provider, url = server
+    ask(chat_at(url, tmp_path), ["x"])
+    provider.ready = False
+    abandon(chat_at(url, tmp_path), TEXTS, after=0.3)
+    provider.ready = True
+    ask(chat_at(url, tmp_path), TEXTS[:1])
+    del provider.files["batch-1-output_file_id"]
+    with pytest.raises(CriticError, match="404"):  # a passing fault must not lose what is paid for
+        ask(chat_at(url, tmp_path), TEXTS[1:])
+    path = tmp_path / "state" / "batches.json"
+    path.write_text(re.sub(r'"submitted": [0-9.]+', '"submitted": 1.0', path.read_text()))
+    failures = {reply.failure for reply in ask(chat_at(url, tmp_path), TEXTS[1:]).values()}
+    assert failures == {"batch completed without an answer to this call"}
     assert noted(tmp_path) == []
 
 

@@ -105,6 +105,15 @@ def test_the_refusal_says_all_there_is_to_know():
     assert "$0.2000 more may be billed for calls that timed out" in text
 
 
+def test_a_call_asked_again_is_paid_for_both_times():
+    purse = Purse(1.0)
+    purse.paid_before("a", 0.25)
+    assert purse.set_aside("a", 0.5)
+    purse.settle("a", 0.5)
+    purse.paid_before("a", 0.75)  # as the cache has it now
+    assert (purse.spent, purse.spent_before, purse.left) == (0.75, 0.25, 0.25)
+
+
 def test_the_ledger_keeps_this_run_and_the_cache_apart():
     ledger = Ledger()
     ledger.add(row(), cached=True)

@@ -1,6 +1,7 @@
 """Recipes: what they may say, and errors that name the key."""
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from critrm.config import CriticConfig, Recipe, TrainConfig, data_path, load_recipe, validated
@@ -101,3 +102,23 @@ def test_paths_expand_variables_and_bundled_files(monkeypatch, tmp_path):
 def test_sections_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         TrainConfig(backbone="x").batch_size = 4
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"preferences": {"train": {"path": "a"}, "test": {"train": {"path": "b"}}}}, "cannot be called train"),
+        ({"preferences": {"train": {"path": "a"}, "test": {"../x": {"path": "b"}}}}, "pattern"),
+        ({"train": {"backbone": "b", "keep": "best"}}, "n_held_out"),
+        ({"train": {"backbone": "b", "margins": {"slightly": 0.3}}}, "margins"),
+    ],
+)
+def test_what_would_fail_or_mislead_later_is_refused_at_once(tmp_path, change, reason):
+    recipe = {
+        "name": "x",
+        "preferences": {"train": {"path": "a"}, "test": {"t": {"path": "b"}}},
+        "train": {"backbone": "b"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | change))
+    with pytest.raises(ConfigError, match=reason):
+        load_recipe(tmp_path / "recipe.yaml")

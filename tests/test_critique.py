@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from critrm.budget import Ledger, Price, Purse
-from critrm.calls import estimate_critiques
+from critrm.calls import estimate_critiques, open_purse
 from critrm.config import CriticConfig
 from critrm.critics import command as critics_command
 from critrm.critique import command, critique_pairs
@@ -335,6 +335,48 @@ def test_no_run_spends_more_than_its_limit(limit: float, width: int, usage: list
     assert len(spent) == 12
 
 
+class _Empty:
+    """Thinks until max_tokens run out: billed, and no answer."""
+
+    def __init__(self) -> None:
+        self.chat = ScriptedChat(self.answer)
+
+    def answer(self, request: ChatRequest) -> Reply:
+        return Reply(id=request.id, finish_reason="length", n_prompt_tokens=0, n_completion_tokens=1000)
+
+
+def test_failures_that_were_billed_count_when_they_are_asked_again(cache: CritiqueCache) -> None:
+    """Each attempt makes two calls of $0.03."""
+    pairs, config = make_pairs(1), CriticConfig(model="scripted", price_in=0, price_out=30, max_tokens=1000)
+    options = {"sampling": Sampling(max_tokens=1000), "price": Price(0.0, 30.0), "retry_failed": True}
+    n_paid = 0
+    for _ in range(4):
+        chat, purse = _Empty().chat, Purse(0.13)
+        with contextlib.suppress(CriticError):
+            critiques_of(pairs, chat, cache, purse=purse, **options)
+        n_paid += len(chat.calls)
+        assert purse.spent == pytest.approx(n_paid * 0.03)
+    assert n_paid == 4
+    purse = open_purse(0.13, pairs, critics={"scripted": config}, cache=cache)
+    assert purse and purse.spent == purse.spent_before == pytest.approx(0.12)
+    found = estimate_critiques(pairs, config, critic="scripted", cache=cache, retry_failed=True)
+    assert (found.n_calls, found.n_cached, found.paid) == (2, 0, pytest.approx(0.12))
+
+
+def test_an_answer_carries_the_cost_of_the_failures_before_it(cache: CritiqueCache) -> None:
+    pairs, options = make_pairs(1), {"sampling": Sampling(max_tokens=1000), "price": Price(0.0, 30.0)}
+    critiques_of(pairs, _Empty().chat, cache, **options)
+    chat = ScriptedChat(lambda request: Reply(id=request.id, text="Good.", n_prompt_tokens=9, n_completion_tokens=100))
+    ledger, told = Ledger(), []
+    options |= {"retry_failed": True, "on_reply": lambda row, cached: told.append(row.cost)}
+    rows = critiques_of(pairs, chat, cache, ledger=ledger, purse=Purse(9.0), **options)
+    assert [row.cost for row in rows] == told == pytest.approx([0.033] * 2)
+    assert (ledger.n_calls, ledger.cost, ledger.cost_cached) == (2, pytest.approx(0.006), pytest.approx(0.06))
+    purse = Purse(9.0)
+    assert critiques_of(pairs, chat, cache, purse=purse, **options) == rows
+    assert purse.spent == pytest.approx(0.066) and len(chat.calls) == 2
+
+
 def test_a_run_ends_below_what_its_estimate_says_at_most(cache: CritiqueCache) -> None:
     config = CriticConfig(model="scripted", price_in=10, price_out=30, max_tokens=50, samples=2, temperature=1)
     chat = ScriptedChat(lambda request: Reply(id=request.id, text="x", n_prompt_tokens=400, n_completion_tokens=50))
@@ -467,6 +509,18 @@ def test_a_dry_run_needs_no_key_and_calls_nobody(
     assert line[1:6] == ["6", "6", str(6 * 11), str(6 * 7), f"{6 * 256:,}"]
     assert "the answers cached so far" in shown
     assert not out.with_name("d.jsonl").exists()
+
+
+def test_a_named_critic_that_needs_no_key_or_is_elsewhere_is_sent_none(
+    pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-for-openai-only")
+    with serving(lambda _: completion("Fine.")) as server:
+        for critic, model in (("mixtral-8x7b-instruct", ""), ("gpt-4-turbo", ""), ("mine", "m")):
+            out = pairs_file.parent / f"{critic}.jsonl"
+            command(str(pairs_file), critic=critic, model=model, base_url=server.url, out=out, limit=1)
+    sent = ["sk-for-openai-only" in str(headers) for headers in server.headers]
+    assert sent == [False] * 4 + [True] * 2, "only a model that the user names may need OpenAI's key"
 
 
 def test_max_cost_stops_the_command_and_a_higher_one_goes_on(pairs_file: Path) -> None:

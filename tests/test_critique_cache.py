@@ -29,7 +29,7 @@ CRITIQUE = st.builds(
     critic=TEXT,
     prompt_version=TEXT,
     n_prompt_tokens=st.integers(0, 10**6),
-    cost=st.floats(allow_nan=False),
+    cost=st.floats(0),
     score=st.none() | st.floats(allow_nan=False),
     failure=TEXT,
 )
@@ -58,6 +58,35 @@ def test_a_failure_never_replaces_an_answer_and_an_answer_replaces_a_failure(tmp
         newer = replace(ANSWER, text="Better.")
         cache.put(newer)
         assert (cache.get("k"), len(cache)) == (newer, 1)
+
+
+def test_a_row_costs_what_all_calls_for_its_key_have_cost(tmp_path):
+    billed = replace(FAILURE, failure="empty reply: max_tokens ran out before any text", cost=0.125)
+    with CritiqueCache(tmp_path / "cache") as cache:
+        cache.put(billed)
+        cache.put(replace(billed, failure="refusal: no", cost=0.5))
+        assert cache.get("k") == replace(billed, cost=0.625)
+        cache.put(replace(ANSWER, cost=0.25))
+        assert cache.get("k") == replace(ANSWER, cost=0.875)
+        cache.put(billed)
+        assert cache.get("k") == replace(ANSWER, cost=1.0)
+    with CritiqueCache(tmp_path / "cache") as cache:
+        assert cache.by_critic()["c"]["cost"] == 1.0
+
+
+def _payer(path: Path) -> list[str]:
+    script = WRITER.replace('f"{name}-{i}"', '"k"').replace(
+        'prompt_version=""', 'prompt_version="", cost=1.0, failure="x"'
+    )
+    return [sys.executable, "-c", script, str(path), "c", "100"]
+
+
+def test_two_processes_that_pay_for_one_call_are_both_counted(tmp_path):
+    path = tmp_path / "cache"
+    both = [subprocess.Popen(_payer(path), stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    with CritiqueCache(path) as cache:
+        assert cache.get("k").cost == 200.0
 
 
 @given(CRITIQUE)
@@ -249,6 +278,18 @@ def test_an_answer_replaces_a_failure_and_never_the_reverse(tmp_path):
         assert cache.get("new-failure") == replace(FAILURE, key="new-failure")
 
 
+def test_merging_counts_no_cost_twice(tmp_path):
+    filled(
+        tmp_path / "other", replace(FAILURE, cost=0.5), replace(ANSWER, cost=0.25), replace(FAILURE, key="2", cost=1.0)
+    )
+    # This cache is where the other one was copied from, before the answer.
+    here = filled(tmp_path / "cache", replace(FAILURE, cost=0.5), replace(FAILURE, key="2", cost=1.0))
+    with CritiqueCache(here) as cache:
+        for n_new in (1, 0):
+            assert cache.merge(tmp_path / "other") == n_new
+            assert (cache.get("k"), cache.get("2").cost) == (replace(ANSWER, cost=0.75), 1.0)
+
+
 @given(st.lists(CRITIQUE, max_size=6), st.lists(CRITIQUE, max_size=6))
 @settings(max_examples=25, deadline=None)
 def test_merging_is_putting_one_by_one_where_nothing_better_is_stored(tmp_path_factory, ours, theirs):
@@ -332,3 +373,18 @@ def test_the_command_line_merges_and_says_what_is_there(tmp_path, capsys, monkey
     ]
     with pytest.raises(ConfigError, match="at least one"):
         command_merge((), cache=path)
+
+
+def test_the_mean_of_a_critics_answers_is_that_of_one_template(tmp_path):
+    with CritiqueCache(tmp_path / "cache") as cache:
+        for i, (version, written, failure) in enumerate(
+            [("v", 10, ""), ("v", 30, ""), ("judge", 2, ""), ("v", 0, "x")]
+        ):
+            cache.put(
+                replace(
+                    ANSWER, key=str(i), prompt_version=version, n_completion_tokens=written, failure=failure, critic="c"
+                )
+            )
+        assert cache.mean_written("c", prompt_version="v") == 20
+        assert cache.mean_written("c", prompt_version="other") is None
+        assert cache.mean_written("d", prompt_version="v") is None

@@ -127,6 +127,47 @@ def test_other_criteria_are_not_compared(tmp_path: Path) -> None:
         read(tmp_path, FEEDBACK_COLLECTION, OTHER_SCORE | {"orig_criteria": "Is it short?"})
 
 
+def feedback(response: str, rating: float, critic: str | None = None, text: str = "Text.") -> dict[str, Any]:
+    row = {"prompt": "Say hi", "response": response, "feedback": text, "rating": rating}
+    return row | ({"critic": critic} if critic else {})
+
+
+def test_only_ratings_by_the_same_critic_are_compared(tmp_path: Path) -> None:
+    rows = [feedback("A", 1, "x"), feedback("B", 5, "x"), feedback("A", 9, "y"), feedback("B", 2, "y")]
+    pairs, critiques = read(tmp_path, *rows)
+    assert [(pair.id, pair.chosen) for pair in pairs] == [("file-00001-0-1", "B"), ("file-00003-0-1", "A")]
+    assert [(row.critic, row.side, row.sample, row.score) for row in critiques] == [
+        ("x", "chosen", 0, 5),
+        ("x", "rejected", 0, 1),
+        ("y", "chosen", 0, 9),
+        ("y", "rejected", 0, 2),
+    ]
+
+
+@pytest.mark.parametrize("critic", ["x", None])
+def test_a_critics_rows_on_one_response_are_samples(tmp_path: Path, critic: str | None) -> None:
+    rows = [
+        feedback("A", 4, critic, "A first."),
+        feedback("B", 3, critic, "B first."),
+        feedback("A ", 1, critic, "A second."),
+        feedback("B", 3, critic, "B second."),
+    ]
+    pairs, critiques = read(tmp_path, *rows)
+    # B's mean of 3 is above A's of 2.5.
+    assert [(pair.id, pair.chosen, pair.rejected) for pair in pairs] == [("file-00001-0-1", "B", "A")]
+    assert [(row.side, row.sample, row.text, row.score) for row in critiques] == [
+        ("chosen", 0, "B first.", 3),
+        ("chosen", 1, "B second.", 3),
+        ("rejected", 0, "A first.", 4),
+        ("rejected", 1, "A second.", 1),
+    ]
+
+
+def test_equal_scores_are_no_preference_however_many(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pair"):
+        read(tmp_path, feedback("B", 0.7), *[feedback("A", 0.7)] * 3, *[feedback("B", 0.7)] * 5)
+
+
 def test_ultrafeedback_by_critique_and_by_aspects(tmp_path: Path) -> None:
     pairs, rows = read(tmp_path, ULTRAFEEDBACK)
     # Giza and Saqqara have the same overall score.

@@ -134,11 +134,33 @@ def test_responses_to_one_prompt_in_several_rows(tmp_path: Path) -> None:
     # Equal grades and equal texts are no pair; a prompt with one response neither.
     assert [(pair.id, pair.chosen, pair.rejected) for pair in pairs] == [
         ("f-00001-0-1", "Hello!", "What?"),
+        ("f-00001-0-2", "Hey", "Hello!"),
         ("f-00001-1-2", "Hey", "What?"),
-        ("f-00001-1-3", "Hello!", "What?"),
-        ("f-00001-2-3", "Hey", "Hello!"),
     ]
-    assert [(r.text, r.score) for r in critiques[-2:]] == [("About Hey", 5), ("About Hello!", 2)]
+    assert [(r.text, r.score, r.sample) for r in critiques if r.pair_id == "f-00001-0-2"] == [
+        ("About Hey", 5, 0),
+        ("About Hello!", 5, 0),
+        ("About Hello!", 2, 1),
+    ]
+
+
+def test_critics_who_rate_the_same_responses_make_pairs_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": 7,
+            "prompt": "Hi",
+            "response": response,
+            "feedback": f"{critic} on {response}",
+            "rating": n,
+            "critic": critic,
+        }
+        for critic, grades in (("x", (5, 1)), ("y", (2, 4)))
+        for response, n in zip(("A", "B"), grades, strict=True)
+    ]
+    pairs, critiques = critiqued_pairs(write_lines(tmp_path / "f.jsonl", *rows))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("A", "B"), ("B", "A")]
+    assert len({pair.id for pair in pairs}) == 2
+    assert {r.critic for r in critiques if r.pair_id == pairs[0].id} == {"x"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """What is wrong with a critique, one flaw at a time. Texts of weak critics are as SmolLM2-135M wrote them."""
 
+import re
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +24,10 @@ GOOD = (
         "Sorry, I can’t help with that.",
         "I am unable to evaluate harmful content.",
         "We won't continue this conversation, and I will not write a critique.",
+        "I cannot give you a critique of that.",
+        "I'm not comfortable giving this response a fair evaluation.",
+        "Sorry, I can't tell you my honest opinion.",
+        "I can't help you with this.",
     ],
 )
 def test_refusal(text: str) -> None:
@@ -33,6 +40,14 @@ def test_refusal(text: str) -> None:
         GOOD,
         "The response says \"I don't cook so I can't help\", which is a needless refusal.",
         "It refuses an everyday cooking question; the assistant says it cannot help.",
+        "I cannot give this response full marks because it misses the date.",
+        "I can't give it more than a pass, and I won't give the answer a positive evaluation.",
+        "I cannot give this evaluation a high mark.",
+        "I can't help but notice that the response is short.",
+        "I can’t help noticing that the response is short.",
+        "As a reader I can't tell that the facts are wrong, nor can I tell whether the assessment is.",
+        "I can't tell you what the second paragraph means.",
+        "I cannot dock it for that.",
         "I think it is good. " * 30 + "I cannot provide more.",
     ],
 )
@@ -45,6 +60,25 @@ def test_dialogue() -> None:
     assert flaws.is_dialogue("Sure.\n\nUser: Why?\n\nChatbot: Because.")
     assert not flaws.is_dialogue("The user: a beginner, one supposes.\nSystem: fine.")
     assert not flaws.is_dialogue(GOOD)
+    assert flaws.is_dialogue('\n- \n**"User: Why?')
+    assert not flaws.is_dialogue("Sure.\n\n--\nUser: Why?")
+
+
+def _turns_by_definition(text: str) -> bool:
+    """Lines whose first word, on them or on a later one, is a speaker; slow, but plain."""
+    turn = re.compile(r"^\W*(?:User|Chatbot|System|Human|Assistant)\s*:", re.MULTILINE)
+    return bool(turn.match(text)) or len(turn.findall(text)) >= 2
+
+
+@given(st.lists(st.sampled_from(["User", "Chatbot", ":", "\n", " ", "-", "*", "so", "\r", "\u2028"])).map("".join))
+def test_dialogue_is_what_it_says(text: str) -> None:
+    assert flaws.is_dialogue(text) == _turns_by_definition(text)
+
+
+def test_dialogue_takes_time_in_proportion_to_the_text() -> None:
+    start = time.process_time()
+    assert not flaws.is_dialogue("so\n" + "--\n" * 16_000)
+    assert time.process_time() - start < 2  # seconds; a scan from every line to the end takes eight or more
 
 
 RESPONSE = "You can hold papers together with it, pick a simple lock, reset a phone, or hang a picture on the wall."

@@ -1,11 +1,13 @@
 """Grades that critiques give away: found, told from other numbers, and taken out."""
 
+import time
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from critrm.critique_files import read_critiques
-from critrm.leaked_scores import find_leaks, leaked_score, strip_scores
+from critrm.leaked_scores import cut_sentences, find_leaks, leaked_score, strip_scores
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,41 @@ def test_a_grade_is_found_and_taken_out(text: str, value: float, stripped: str) 
 
 
 @pytest.mark.parametrize(
+    ("text", "stripped"),
+    [
+        (
+            "It covers much (history, culture, etc.), and is clear. I'd give it 8/10.",
+            "It covers much (history, culture, etc.), and is clear.",
+        ),
+        ("It is short (it says 'Paris.'), which is fine. 8/10.", "It is short (it says 'Paris.'), which is fine."),
+        ('He says "Yes."—which is wrong. Score: 2/10', 'He says "Yes."—which is wrong.'),
+        ("A **bold claim.**Then more. Score: 2/10", "A **bold claim.**Then more."),
+        ("It is right (as I said), so I'd give it 8/10.", "It is right (as I said)."),
+        ("It is **really good**, so I'd give it 8/10.", "It is **really good**."),
+        ("It is fine (I'd give it 8/10, and it is earned).", "It is fine, it is earned."),
+        ("It deserves an 8/10 overall: 8/10, since it is short.", "It is short."),
+    ],
+)
+def test_innocent_text_stays(text: str, stripped: str) -> None:
+    assert strip_scores(text) == stripped
+
+
+@pytest.mark.parametrize(
+    ("text", "stripped"),
+    [
+        ("It is right.\nScore:\n8", "It is right."),
+        ("Rating:\n9", ""),
+        ("I'd give it a\n7.", ""),
+        ("It is right.\n\n**Score:**\n\n8/10\n\nIt is short.", "It is right.\n\nIt is short."),
+        ("It is right.\nI'd give it a\n7 because it is short.\nNo more.", "It is right.\nIt is short.\nNo more."),
+    ],
+)
+def test_a_grade_on_two_lines_goes(text: str, stripped: str) -> None:
+    assert leaked_score(text) is not None
+    assert strip_scores(text) == stripped
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "7/20 gives a 35% margin, far above the others.",
@@ -72,6 +109,57 @@ def test_any_text_may_stand_around_a_grade(text: str, grade: str) -> None:
     assert all(0 <= leak.value <= 1 for leak in leaks)
     assert all(a.end <= b.start for a, b in zip(leaks, leaks[1:], strict=False))
     assert len(strip_scores(whole)) < len(whole)
+
+
+WORDS = st.sampled_from(
+    [
+        *".!?,;:()*\"'”’—- \n\t",
+        ". ",
+        ".) ",
+        "\n\n",
+        "Score:",
+        "Rating",
+        "8",
+        "8/10",
+        "I'd give it",
+        "a",
+        "7 out of 10",
+        "★★★☆☆",
+    ]
+    + ["four stars", "Overall", "[[7]]", "etc", "It is", "short", "because", "ß", "\u2028", "\x00"]
+)
+CRITIQUES = st.one_of(st.text(), st.lists(WORDS).map("".join), st.lists(WORDS).map(" ".join))
+
+
+@given(CRITIQUES)
+def test_sentences_tile_the_text(text: str) -> None:
+    sentences = cut_sentences(text)
+    assert "".join(sentences) == text
+    assert all(sentences)
+
+
+@given(CRITIQUES)
+def test_no_grade_is_left_and_nothing_else_changes(text: str) -> None:
+    stripped = strip_scores(text)
+    assert leaked_score(stripped) is None
+    if leaked_score(text) is None:
+        assert stripped == text
+
+
+@given(CRITIQUES)
+def test_the_sentences_before_a_grade_keep_their_words(text: str) -> None:
+    assume(not find_leaks(text))
+    whole = f"{text}.\n\nMy score is 8/10."
+    leaks = find_leaks(whole)
+    assume([leak.start for leak in leaks] == [len(text) + 3])
+    assert strip_scores(whole).split() == f"{text}.".split()
+
+
+@pytest.mark.parametrize("mark", ["\n ", "*", "\n\n- ", "# "])
+def test_long_runs_of_marks_take_time_in_proportion(mark: str) -> None:
+    start = time.process_time()
+    assert leaked_score(f"It is short.\n{mark * 10_000}8/10") == 0.8
+    assert time.process_time() - start < 2  # seconds; a scan from every mark takes five or more
 
 
 def test_a_strong_critics_critiques_leak_none(data_dir) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from critrm.budget import Ledger, Price, Purse
-from critrm.critique_cache import CritiqueCache
+from critrm.critique_cache import MAYBE_BILLED, CritiqueCache
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import ChatRequest, Reply, Sampling, ScriptedChat
 from critrm.questions import ModelFlags, Question, ask
@@ -83,6 +83,45 @@ def test_the_limit_is_kept_and_a_higher_one_goes_on(cache: CritiqueCache) -> Non
     assert len(chat.calls) == 1
     with pytest.raises(ConfigError, match="no known price"):
         ask_all(asked, chat, cache, purse=Purse(1.0))
+
+
+@pytest.mark.parametrize("failure", MAYBE_BILLED)
+def test_a_call_that_may_be_billed_stays_set_aside(cache: CritiqueCache, failure: str) -> None:
+    lost = ScriptedChat(lambda request: Reply(id=request.id, failure=failure))
+    purse = Purse(1.0)
+    ask_all(questions("a"), lost, cache, price=Price(10.0, 10.0), purse=purse)
+    assert purse.spent == 0.0 and purse.left < 1.0
+
+
+def test_failures_that_were_billed_count_when_they_are_asked_again(cache: CritiqueCache) -> None:
+    def empty(request: ChatRequest) -> Reply:
+        return Reply(id=request.id, finish_reason="length", n_completion_tokens=12_000)
+
+    options = {"price": Price(0.0, 10.0), "sampling": Sampling(max_tokens=12_000), "retry_failed": True}
+    for n_paid in (1, 2):
+        purse = Purse(0.25)
+        ask_all(questions("a"), ScriptedChat(empty), cache, purse=purse, **options)
+        assert purse.spent == pytest.approx(n_paid * 0.12)
+    chat = ScriptedChat(empty)
+    with pytest.raises(CriticError, match=r"\$0\.2400 spent, \$0\.2400 of it in earlier runs"):
+        ask_all(questions("a"), chat, cache, purse=Purse(0.25), **options)
+    assert chat.calls == []
+    chat, ledger = (
+        ScriptedChat(lambda request: Reply(id=request.id, text="x", n_prompt_tokens=9, n_completion_tokens=1000)),
+        Ledger(),
+    )
+    (answer,) = ask_all(questions("a"), chat, cache, purse=Purse(1.0), ledger=ledger, **options)
+    assert answer.cost == pytest.approx(0.25)
+    assert (ledger.cost, ledger.cost_cached) == (pytest.approx(0.01), pytest.approx(0.24))
+    assert ask_all(questions("a"), chat, cache, **options) == [answer]
+    assert len(chat.calls) == 1
+
+
+def test_a_temperature_of_0_is_one_of_0_point_0(cache: CritiqueCache) -> None:
+    chat = ScriptedChat(reply_of)
+    ask_all(questions("a"), chat, cache, sampling=Sampling(temperature=0, top_p=1))
+    ask_all(questions("a"), chat, cache, sampling=Sampling(temperature=0.0, top_p=1.0))
+    assert len(chat.calls) == len(cache) == 1
 
 
 def test_a_chat_that_drops_calls_is_an_error(cache: CritiqueCache) -> None:

@@ -15,15 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from critrm.errors import DataError, StorageError
+from critrm.errors import ConfigError, DataError, StorageError
 from critrm.store import (
     content_hash,
     disk_errors,
     file_hash,
+    file_name,
     from_json,
     mark_stage_done,
     read_records,
     read_rows,
+    refuse_same_folders,
     stage_is_done,
     to_json,
     write_manifest,
@@ -380,3 +382,18 @@ def test_content_hashes_tell_parts_apart(first, second):
 def test_a_manifest_holds_no_credentials_of_a_url(tmp_path, monkeypatch, given, kept):
     monkeypatch.setattr(sys, "argv", ["critrm", "critique", *given.split()])
     assert write_manifest(tmp_path, config={}, started=0.0).command == f"critrm critique {kept}"
+
+
+@pytest.mark.parametrize(
+    ("critic", "name"),
+    [("org/Model-1.5", "org-Model-1.5"), ("embedded:X", "embedded-X"), ("..", "critic"), ("", "critic")],
+)
+def test_file_names_of_critics_stay_inside_their_folder(critic, name):
+    assert file_name(critic) == name
+
+
+@pytest.mark.parametrize("names", [["llama3.2:3b", "llama3.2-3b"], ["none."], ["A", "a"]])
+def test_critics_that_would_share_a_folder_are_refused(names):
+    refuse_same_folders(["llama3.2:3b", "gpt-4.1"])
+    with pytest.raises(ConfigError, match="would share the folder"):
+        refuse_same_folders(names)

@@ -21,7 +21,7 @@ from critrm.models import load_tokenizer
 from critrm.preferences import read_pairs
 from critrm.prompts import reward_segments
 from critrm.quality import check_critiques, find_contradictions, gate_critiques
-from critrm.store import write_records, write_text
+from critrm.store import file_name, refuse_same_folders, write_records, write_text
 from critrm.types import NO_CRITIC, SIDES, Critique, CritiquedPair, PreferencePair
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def augment_pairs(
     """
     if NO_CRITIC in critiques:
         raise ConfigError(f"a critic cannot be called {NO_CRITIC!r}: that is the No-Critiques arm")
+    refuse_same_folders(critiques)
     dropped: dict[str, str] = {}
     arms: dict[str, dict[str, CritiquedPair]] = {NO_CRITIC: {pair.id: CritiquedPair(pair=pair) for pair in pairs}}
     for critic, rows in critiques.items():
@@ -240,6 +241,7 @@ def command(
     max_length: int = 2048,
     split: str = "",
     skip_bad: bool = False,
+    allow_empty: bool = False,
     sample: int = 0,
     drop: str = "",
     strip_scores: bool = False,
@@ -255,6 +257,7 @@ def command(
         max_length: tokens of prompt + completion + critique that the reward model reads.
         split: only pairs of this split.
         skip_bad: leave out rows that cannot be read instead of stopping at the first.
+        allow_empty: keep empty completions and identical pairs, as the published counts of benchmarks do.
         sample: which of a critic's critiques of the same completion to use.
         drop: flaws for which a critique is not used, comma separated; `critrm quality` lists them.
         strip_scores: take grades that a critique gives away ("8/10") out of its text.
@@ -265,7 +268,7 @@ def command(
         for row in read_critiques(path):
             named.setdefault(row.critic, []).append(row)
     encode = text_encoder(load_tokenizer(backbone)) if backbone else None
-    found = read_pairs(pairs, split=split, skip_bad=skip_bad).pairs
+    found = read_pairs(pairs, split=split, skip_bad=skip_bad, allow_empty=allow_empty).pairs
     augmented = augment_pairs(
         found,
         named,
@@ -294,8 +297,3 @@ def write_augmented(folder: Path, augmented: Augmented) -> None:
         write_records(folder / f"{file_name(critic)}.jsonl", arm)
     facts = augmented.summary() | {"dropped_pairs": augmented.dropped}
     write_text(folder / "augment.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-
-
-def file_name(critic: str) -> str:
-    """A critic's name as a file or folder name: model names hold slashes and colons."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in critic).strip(".") or "critic"

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MAX_REQUESTS, MAX_BYTES = 50_000, 190_000_000
 """Of one batch; OpenAI takes 200 MB."""
 MAX_FAILED_POLLS = 20
+RESULTS_KEPT = 14 * 86_400
+"""Seconds; OpenAI deletes them after 30 days, others earlier."""
 ENDED = ("completed", "failed", "expired", "cancelled")
 PATH: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 
@@ -43,7 +45,7 @@ class _Batch:
     submitted: float
     """Seconds since 1970."""
     requests: tuple[str, ...]
-    """Content hashes of the calls; they are the `custom_id` of the lines sent."""
+    """Content hashes of the calls not yet handed over; they are the `custom_id` of the lines sent."""
     id: str = ""
     """Empty while nobody knows whether the provider has made it."""
 
@@ -98,13 +100,19 @@ class BatchChat:
             await self._submit_all(client, requests, sampling, wanted=wanted, unsendable=unsendable)
             for request_id in unsendable:
                 yield Reply(id=request_id, failure="the text holds a lone surrogate and cannot be sent")
+            asked = set(wanted)
             waiting = [batch for batch in self._noted() if not wanted.keys().isdisjoint(batch.requests)]
             async for batch, ended in self._as_they_end(client, waiting):
-                async for call, facts in self._results(client, batch, ended):
-                    for request_id in wanted.pop(call, ()):
-                        yield Reply(id=request_id, **facts)
-                # Struck out only now: whoever took the last reply has stored it before asking for another.
-                self._note(batch, over=True)
+                handed_over: set[str] = set()
+                try:
+                    async for call, facts in self._results(client, batch, ended):
+                        for request_id in wanted.pop(call, ()):
+                            yield Reply(id=request_id, **facts)
+                        # Only now: whoever took a reply has stored it before asking for another.
+                        handed_over.add(call)
+                finally:
+                    if struck := handed_over & asked:
+                        self._strike_out(batch, struck)
 
     async def _submit_all(
         self,
@@ -224,10 +232,17 @@ class BatchChat:
         self, client: "openai.AsyncOpenAI", batch: _Batch, ended: "openai.types.Batch | None"
     ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         """The facts of a Reply to each call of a batch that has ended."""
+        import openai
+
         for file_id in (ended.output_file_id, ended.error_file_id) if ended else ():
             if file_id:
                 with self._errors():
-                    content = (await client.files.content(file_id)).content
+                    try:
+                        content = (await client.files.content(file_id)).content
+                    except openai.NotFoundError:
+                        if time.time() - batch.submitted < RESULTS_KEPT:
+                            raise
+                        continue
                 for line in content.split(b"\n"):
                     call, facts = self._read_line(line)
                     yield call, facts
@@ -284,6 +299,14 @@ class BatchChat:
         others = [other for other in self._read() if other.input_file != batch.input_file]
         batches = [json.loads(to_json(item)) for item in (others if over else [*others, batch])]
         write_text(self.state, json.dumps({"batches": batches}, indent=1) + "\n")
+
+    def _strike_out(self, batch: _Batch, calls: Set[str]) -> None:
+        """Take these calls out of a batch's note; what nobody has asked for stays, for a later run."""
+        # As it is noted now: another run may have taken some of its calls, or all.
+        for noted in self._noted():
+            if noted.input_file == batch.input_file:
+                left = tuple(call for call in noted.requests if call not in calls)
+                self._note(replace(noted, requests=left), over=not left)
 
     def _read(self) -> list[_Batch]:
         if not self.state.exists():

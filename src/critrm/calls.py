@@ -60,11 +60,15 @@ class Calls:
         index, _, side = self.places[key][0]
         return self._messages(index, side)
 
-    def split(self, cache: CritiqueCache, *, retry_failed: bool) -> tuple[dict[str, Critique], list[str]]:
-        """The calls that the cache answers, and the keys of those to be made."""
+    def split(
+        self, cache: CritiqueCache, *, retry_failed: bool
+    ) -> tuple[dict[str, Critique], list[str], dict[str, float]]:
+        """The calls that the cache answers, the keys of those to be made, and what these have cost before."""
         stored = {key: critique for key in self.places if (critique := cache.get(key))}
         found = {key: row for key, row in stored.items() if not (row.failure and retry_failed)}
-        return found, [key for key in self.places if key not in found]
+        # A failure can be billed: a refusal, say, or max_tokens that ran out before any text.
+        paid = {key: row.cost for key, row in stored.items() if key not in found}
+        return found, [key for key in self.places if key not in found], paid
 
     def critique(self, reply: Reply, *, critic: str, price: Price | None) -> Critique:
         """The record of a reply."""
@@ -154,18 +158,19 @@ def estimate_critiques(
         retry_failed: count calls that failed before.
     """
     calls = _calls_of(pairs, settings)
-    found, todo = calls.split(cache, retry_failed=retry_failed)
+    found, todo, paid = calls.split(cache, retry_failed=retry_failed)
     # Its answers about other pairs are better than nothing.
-    other = {} if found else dict(cache.by_critic().get(critic, {}))
-    return estimate(
+    mean = None if found else cache.mean_written(critic, prompt_version=calls.template.version)
+    row = estimate(
         (calls.messages(key) for key in todo),
         critic=critic,
         max_tokens=settings.max_tokens,
         price=price_of(settings),
         cached=[(n_characters(calls.messages(key)), critique) for key, critique in found.items()],
-        mean_written=other["tokens written"] / other["answers"] if other.get("answers") else None,
+        mean_written=mean,
         count=token_counter(settings),
     )
+    return replace(row, paid=row.paid + sum(paid.values()))
 
 
 def open_purse(

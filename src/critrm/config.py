@@ -19,9 +19,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from critrm.errors import ConfigError
+from critrm.types import Rating
 
 BUNDLED = "bundled:"
 """Prefix of a path to a data file or recipe that the package carries."""
+
+
+FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What names a folder or file of a run."""
 
 
 class Section(BaseModel):
@@ -48,7 +53,13 @@ class PreferencesConfig(Section):
     """Stage 0: the pairs to train on, and the test sets by name."""
 
     train: PairSource
-    test: dict[str, PairSource] = Field(min_length=1)
+    test: dict[Annotated[str, Field(pattern=FILE_NAME)], PairSource] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _not_called_train(self) -> "PreferencesConfig":
+        if any(name.lower() == "train" for name in self.test):
+            raise ValueError("a test set cannot be called train: that is the training pairs' name")
+        return self
 
 
 class CriticConfig(Section):
@@ -58,8 +69,8 @@ class CriticConfig(Section):
     """A served model's name, `embedded:NAME`, or `local:FOLDER`. Without one, the critic's name is looked up."""
     base_url: str | tuple[str, ...] | None = None
     """The endpoint, or several of the same model (a list, or with commas between)."""
-    key_variable: str = Field(default="", pattern=r"^([A-Z_][A-Z0-9_]*)?$")
-    """The environment variable that holds the API key; never the key."""
+    key_variable: str | None = Field(default=None, pattern=r"^([A-Z_][A-Z0-9_]*)?$")
+    """The environment variable that holds the API key, never the key; empty to send none, OPENAI_API_KEY when None."""
     self_critique: bool = False
     """The critic is the backbone of the reward model (on-policy)."""
     file: str = ""
@@ -152,7 +163,7 @@ class TrainConfig(Section):
     """Pairs that the sweep's runs train on; all that are not held out when None."""
     min_learning_rate_share: float = Field(default=0.1, ge=0, le=1)
     warmup_steps: int = Field(default=32, ge=0)
-    margins: dict[str, float] | None = Field(
+    margins: dict[Rating, float] | None = Field(
         default={"slightly better": 1 / 3, "better": 2 / 3, "significantly better": 1.0}
     )
     """m(r) of equations 1 and 2 by rating; None is no margin. Pairs without a rating have none."""
@@ -199,12 +210,18 @@ class EvaluateConfig(Section):
 class Recipe(Section):
     """A whole experiment: one section per stage."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=FILE_NAME)
     preferences: PreferencesConfig
     critique: CritiqueConfig = CritiqueConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _held_out_for_best(self) -> "Recipe":
+        if self.train.keep == "best" and not self.train.n_held_out:
+            raise ValueError("train: keep: best needs n_held_out pairs to choose by")
+        return self
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -18,6 +18,8 @@ from critrm.budget import Price
 from critrm.config import CriticConfig, CritiqueConfig, Section, data_path, read_yaml
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import KEY_VARIABLE, Chat, OpenAIChat, Sampling
+from critrm.prompts import load_template
+from critrm.store import refuse_same_folders
 from critrm.types import Message
 
 OURS = Path(__file__).with_name("critics.yaml")
@@ -140,6 +142,7 @@ def complete_critics(stage: CritiqueConfig, *, backbone: str) -> dict[str, Criti
         ConfigError: a critic is not known, or there is a limit and no price.
     """
     known = load_critics(stage.critics_file)
+    refuse_same_folders(stage.critics)
     found = {
         name: complete_critic(name, critic, critics=known, backbone=backbone) for name, critic in stage.critics.items()
     }
@@ -156,6 +159,7 @@ def _with_defaults(name: str, given: CriticConfig, critics: Critics) -> CriticCo
     values: dict[str, Any] = named.model_dump(include={"model", "temperature", "top_p", "max_tokens"})
     if server.in_process and not named.model.startswith(("embedded:", "local:")):
         values["model"] = f"local:{named.model}"
+    values["key_variable"] = ""
     if given.base_url is None and not given.in_process:
         values |= {"base_url": server.base_url, "key_variable": server.key_variable}
     if given.model in ("", named.model) and named.price_in is not None and named.price_out is not None:
@@ -223,20 +227,34 @@ def open_chat(critic: CriticConfig, *, batch_state: Path | None = None) -> Chat:
     variable = critic.key_variable
     if variable and critic.base_url and not os.environ.get(variable):
         raise CriticError(f"no API key for {critic.model}: set {variable}")
+    # A named critic that needs no key is sent none; a model that only the user names may need OpenAI's.
+    variable = KEY_VARIABLE if variable is None else variable
     if critic.batch:
         if batch_state is None:
             raise ConfigError("batches need a file to note them in")
         url = ",".join(critic.base_url) if isinstance(critic.base_url, tuple) else critic.base_url
-        return BatchChat(critic.model, base_url=url, key_variable=variable or KEY_VARIABLE, state=batch_state)
+        return BatchChat(critic.model, base_url=url, key_variable=variable, state=batch_state)
     return OpenAIChat(
         critic.model,
         base_url=critic.base_url,
-        key_variable=variable or KEY_VARIABLE,
+        key_variable=variable,
         concurrency=critic.concurrency,
         timeout=critic.timeout,
         requests_per_minute=critic.requests_per_minute,
         tokens_per_minute=critic.tokens_per_minute,
     )
+
+
+def check_critic(critic: CriticConfig) -> None:
+    """Find out what would stop a complete critic, before another critic of the recipe is paid.
+
+    Raises:
+        ConfigError: its template or its settings cannot be used.
+        CriticError: its key is not set.
+    """
+    if not critic.file:
+        load_template(critic.template, needs=("conversation", "response"))
+        open_chat(critic, batch_state=Path("unused"))
 
 
 def _ray_chat(critic: CriticConfig) -> Chat:

@@ -27,7 +27,7 @@ from critrm.critics import (
     price_of,
     sampling_of,
 )
-from critrm.critique_cache import CritiqueCache, default_cache_path
+from critrm.critique_cache import MAYBE_BILLED, CritiqueCache, default_cache_path
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import Chat, Reply, Sampling
 from critrm.preferences import read_pairs
@@ -35,8 +35,6 @@ from critrm.prompts import load_template, template_version
 from critrm.store import write_manifest, write_records
 from critrm.types import SIDES, Critique, PreferencePair
 
-MAYBE_BILLED = ("timeout", "connection failed", "invalid JSON")
-"""Failures of calls that a provider may bill for: the answer only did not get here."""
 OnReply = Callable[[Critique, bool], None]
 """Is told of each critique, and whether it came from the cache."""
 
@@ -85,17 +83,24 @@ def critique_pairs(
     if purse and price is None:
         raise no_price(critic)
     calls = Calls(pairs, chat.model, sampling=sampling, samples=samples, template=template)
-    found, todo = calls.split(cache, retry_failed=retry_failed)
+    found, todo, paid = calls.split(cache, retry_failed=retry_failed)
 
     def receive(critique: Critique, *, cached: bool) -> None:
-        found[critique.key] = critique
         if ledger:
             ledger.add(critique, cached=cached)
+        # As the cache has it: with the cost of the failures before it.
+        critique = replace(critique, cost=critique.cost + paid.get(critique.key, 0.0))
+        found[critique.key] = critique
         if on_reply:
             for n, (index, sample, side) in enumerate(calls.places[critique.key]):
                 row = replace(critique, pair_id=pairs[index].id, side=side, sample=sample, critic=critic)
                 on_reply(row, cached or n > 0)
 
+    for key, cost in paid.items():
+        if purse:
+            purse.paid_before(key, cost)
+        if ledger:
+            ledger.cost_cached += cost
     for critique in list(found.values()):
         if purse:
             purse.paid_before(critique.key, critique.cost)

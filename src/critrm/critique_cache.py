@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +23,14 @@ from critrm.types import Critique
 
 SECONDS_TO_DISK = 5.0
 """The most that a power cut can take: SQLite's log is forced onto the disk this often."""
+
+MAYBE_BILLED = ("timeout", "connection failed", "invalid JSON")
+"""Failures of calls that a provider may bill for: the answer only did not get here."""
+
+PUT = """
+INSERT INTO critiques VALUES (?, ?)
+ON CONFLICT (key) DO UPDATE SET record = better_with_both_costs(critiques.record, excluded.record)
+"""
 
 MERGE = """
 INSERT INTO main.critiques SELECT key, record FROM other.critiques WHERE true
@@ -57,6 +66,8 @@ class CritiqueCache:
                 self._db.execute("PRAGMA synchronous=NORMAL")
                 # A write: a disk that is read-only or full has to show before a call is paid for.
                 self._db.execute("PRAGMA user_version=1")
+                self._db.create_function("is_answer", 1, _is_answer, deterministic=True)
+                self._db.create_function("better_with_both_costs", 2, _better_with_both_costs, deterministic=True)
             except BaseException:
                 self._db.close()
                 raise
@@ -84,20 +95,24 @@ class CritiqueCache:
         return from_json(Critique, json.loads(row[0])) if row else None
 
     def put(self, critique: Critique) -> None:
-        """Store a critique; an answer is never replaced by a failure.
+        """Store a critique; a failure replaces nothing.
+
+        A key's row costs what all calls for the key have cost, failures that were billed included.
 
         Raises:
             StorageError: the disk is full or read-only.
         """
-        verb = "INSERT OR IGNORE" if critique.failure else "INSERT OR REPLACE"
         with self._errors(self.path):
-            self._db.execute(f"{verb} INTO critiques VALUES (?, ?)", (critique.key, to_json(critique)))
+            # One statement, so that no process can pay between the reading and the writing of a row.
+            self._db.execute(PUT, (critique.key, to_json(critique)))
             if time.monotonic() - self._forced_to_disk > SECONDS_TO_DISK:
                 self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
                 self._forced_to_disk = time.monotonic()
 
     def merge(self, other: str | Path) -> int:
         """Take over the calls of another cache: an answer replaces a failure, and never the reverse.
+
+        Rows keep their own costs: those of a copied cache are mostly the same payments.
 
         Args:
             other: another cache, perhaps copied from another machine; it is only read. A `-wal` file beside it holds
@@ -128,7 +143,6 @@ class CritiqueCache:
                 return self._merge(other, read_from=Path(folder) / other.name)
 
     def _merge(self, other: Path, *, read_from: Path) -> int:
-        self._db.create_function("is_answer", 1, _is_answer, deterministic=True)
         self._db.execute("ATTACH ? AS other", (read_from.absolute().as_uri() + "?mode=ro",))
         try:
             count = "SELECT count(*) FROM other.critiques WHERE is_answer(record) IS NULL"
@@ -150,6 +164,16 @@ class CritiqueCache:
             counts["tokens written"] += critique.n_completion_tokens
             counts["cost"] += critique.cost
         return {critic: dict(counts) for critic, counts in sorted(found.items())}
+
+    def mean_written(self, critic: str, *, prompt_version: str) -> float | None:
+        """Tokens that a critic's answers to one template have on average; None where it has given none."""
+        name, version, written, failure = (
+            f"json_extract(record, '$.{field}')"
+            for field in ("critic", "prompt_version", "n_completion_tokens", "failure")
+        )
+        query = f"SELECT avg({written}) FROM critiques WHERE {name} = ? AND {version} = ? AND {failure} = ''"
+        mean: float | None = self._db.execute(query, (critic, prompt_version)).fetchone()[0]
+        return mean
 
     def __len__(self) -> int:
         """How many calls are stored."""
@@ -175,6 +199,12 @@ def _is_answer(record: str) -> bool | None:
         return not from_json(Critique, json.loads(record)).failure
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _better_with_both_costs(stored: str, new: str) -> str:
+    """The new record, or the stored one when the new one is a failure, with the cost of both."""
+    old, critique = (from_json(Critique, json.loads(record)) for record in (stored, new))
+    return to_json(replace(old if critique.failure else critique, cost=old.cost + critique.cost))
 
 
 def default_cache_path() -> Path:

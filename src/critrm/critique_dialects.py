@@ -3,8 +3,9 @@
 import itertools
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from critrm.dialects import DIALECTS, Fields, bad_field, checked_text, text_field
@@ -35,6 +36,26 @@ class Group:
     """Rows with one response each belong together when prompt and key are the same; empty: a row is whole."""
     is_pair: bool = False
     """The file says which is chosen (the first), and the pair's id is the row's."""
+    has_samples: bool = False
+    """Equal responses are one, each of their critiques a sample, and the mean of their scores its grade."""
+
+    def __post_init__(self) -> None:
+        """Merge responses that came apart, also those that `dataclasses.replace` brings together."""
+        if self.has_samples:
+            object.__setattr__(self, "responses", _merged(self.responses))
+
+
+def _merged(responses: Sequence[Response]) -> tuple[Response, ...]:
+    found: dict[str, Response] = {}
+    for response in responses:
+        text = response.text.strip()  # as `pairs_of` compares them
+        if text in found:
+            critiques, scores = found[text].critiques + response.critiques, found[text].scores + response.scores
+            # Exact, so that equal scores give equal grades however many there are.
+            grade = statistics.mean(score for score in scores if score is not None)
+            response = replace(found[text], critiques=critiques, scores=scores, grade=grade)
+        found[text] = response
+    return tuple(found.values())
 
 
 def pairs_of(responses: Sequence[Response]) -> Iterator[tuple[int, int]]:
@@ -212,7 +233,10 @@ FEEDBACK_NAMES = ("feedback", "critique")
 
 
 def _feedback(row: Fields) -> Group:
-    """One response, its feedback (text or a list) and its rating, under the names that files commonly use."""
+    """One response, its feedback (text or a list) and its rating, under the names that files commonly use.
+
+    Only one critic's ratings are compared; its rows on one response are samples.
+    """
     rating = _column(row, "rating", "score", "grade")
     grade = _number(row.get(rating), rating)
     column = _column(row, *FEEDBACK_NAMES)
@@ -220,7 +244,8 @@ def _feedback(row: Fields) -> Group:
     text = text_field(row, _column(row, *RESPONSE_NAMES))
     prompt = text_field(row, _column(row, "prompt", "question", "instruction", "input"))
     response = Response(text, critiques, (grade,) * len(critiques), grade)
-    return Group(prompt=_user(prompt), responses=(response,), key="feedback", critic=_critic(row, "critic"))
+    critic = _critic(row, "critic")
+    return Group(prompt=_user(prompt), responses=(response,), key=f"feedback {critic}", critic=critic, has_samples=True)
 
 
 CRITIQUE_DIALECTS: dict[str, tuple[Callable[[Fields], bool], Callable[[Fields], Group]]] = {

@@ -137,6 +137,8 @@ def critiqued_pairs(
         for better, worse in pairs_of(group.responses):
             base = _row_id(row, path, number)
             pair_id = base if group.is_pair else f"{base}-{min(better, worse)}-{max(better, worse)}"
+            if pair_id in pairs and not group.is_pair:
+                pair_id = f"{pair_id}-{name}"  # another critic of the same responses
             if pair_id in pairs:
                 raise DataError(f"a second pair with this id: {pair_id!r:.80}", path=str(path), line=number, field="id")
             pairs[pair_id] = _pair(pair_id, row, group, better, worse)

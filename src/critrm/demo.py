@@ -6,13 +6,12 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from critrm.augment import file_name
 from critrm.config import BUNDLED, Recipe, load_recipe
 from critrm.errors import ConfigError
 from critrm.evaluate import read_scores
 from critrm.pipeline import run_recipe
 from critrm.result_tables import baselines_table, costs_table, results_table
-from critrm.store import read_records
+from critrm.store import file_name, read_records
 from critrm.types import NO_CRITIC, CritiquedPair, Score
 
 N_EXAMPLES = 3

@@ -65,7 +65,7 @@ class Access:
             if not _is_http(url):
                 raise ConfigError("a base URL must start with http:// or https:// and name a host")
         # A key pasted into a file often ends in a newline, which no HTTP header may hold.
-        key = (api_key or os.environ.get(variable) or "").strip()
+        key = (api_key or (os.environ.get(variable) if variable else "") or "").strip()
         if not key and not urls:
             raise CriticError(f"no API key: set {variable}, or name an endpoint that needs none (--base-url)")
         if not (key.isascii() and key.isprintable()):

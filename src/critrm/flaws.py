@@ -22,13 +22,21 @@ _CANNOT = (
     r"(?:(?:am|are|['’]m|['’]re)\s+)?(?:not\s+(?:able|allowed|capable|comfortable|designed|equipped|programmed)|unable)"
     r"(?:\s+(?:to|of|with))?)"
 )
+_CRITIQUE = (  # "give this response full marks" and "tell whether it is right" are no refusals
+    r"(?:\s+(?:you|any|an?|the|this|that|my|such|more|further|kind|sort|of|response|answer|it|detailed|fair|honest|proper|"
+    r"specific|useful|personal))*\s+(?:critiqu|feedback|assessment|evaluation|review|judge?ment|opinion|analysis)\w*"
+    r"(?!\s+(?:an?|full|high|top|more|much|many)\b)"
+)
 _TASK = (
-    r"(?:answer|assist|complet|comply|continu|creat|critiqu|discuss|do|engag|evaluat|fulfil|generat|giv|help|offer|provid|"
-    r"satisfy|support|tell|writ)"
+    r"(?:answer|assist|complet|comply|continu|creat|critiqu|discuss|do(?:ing)?\b|engag|evaluat|fulfil|generat|offer|"
+    r"provid|satisfy|support|writ|help(?!\s+(?:but|feeling|finding|noticing|thinking|wondering)\b)|"
+    rf"(?:giv(?:e|ing)|tell(?:ing)?\s+you){_CRITIQUE})"
 )
 _REFUSES = re.compile(rf"\b(?:I|we)\s*(?:\w+ly\s+|just\s+)?{_CANNOT}\s+(?:\w+ly\s+)?{_TASK}", re.IGNORECASE)
 _QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”")
-_TURN = re.compile(r"^\W*(?:User|Chatbot|System|Human|Assistant)\s*:", re.MULTILINE)
+_SPEAKER = r"(?:User|Chatbot|System|Human|Assistant)\s*:"
+_FIRST_TURN = re.compile(rf"\W*{_SPEAKER}")
+_TURN = re.compile(rf"^[^\w\n]*{_SPEAKER}", re.MULTILINE)
 _ENDS = re.compile(r"[.!?。！？؟।…][\"'”’»)\]*_`」』】]*\s*$")
 
 
@@ -51,8 +59,7 @@ def is_refusal(text: str) -> bool:
 
 def is_dialogue(text: str) -> bool:
     """The critic plays on the conversation (`User:`, `Chatbot:`) instead of judging it."""
-    first = _TURN.match(text)
-    return bool(first) or len(_TURN.findall(text)) >= 2
+    return bool(_FIRST_TURN.match(text)) or len(_TURN.findall(text)) >= 2
 
 
 def is_echo(text: str, *shown: str) -> bool:

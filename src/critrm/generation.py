@@ -18,12 +18,12 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from critrm.attention import Group
 from critrm.llm import Sampling
+from critrm.row_layout import Group
 
 _KeyValue = tuple[torch.Tensor, torch.Tensor]
 
-READ_TOKENS = 1024
+READ_TOKENS = 2048
 """About how many prompt tokens are read at a time."""
 MIN_SHARED = 16
 """So many more tokens in common than all prompts have make it worth reading them once."""
@@ -138,25 +138,8 @@ def _portions(rows: list[Row]) -> Iterator[list[list[Row]]]:
 
 @torch.inference_mode()
 def _read_prompts(writer: Writer, families: list[list[Row]], sampling: Sampling) -> None:
-    """Fill the rows' caches and draw their first tokens; the common beginning of a family is read once."""
-    ids: list[int] = []
-    positions: list[int] = []
-    groups = []
-    places: list[tuple[Row, slice, slice]] = []
-    for family in families:
-        first, last = min(row.prompt for row in family), max(row.prompt for row in family)
-        # At least its last token is each row's own: what follows it is what is drawn.
-        n_shared = min(_n_common(first, last), *(len(row.prompt) - 1 for row in family))
-        start = len(ids)
-        groups.append(Group(start, n_shared, tuple(len(row.prompt) - n_shared for row in family)))
-        ids += family[0].prompt[:n_shared]
-        positions += range(n_shared)
-        for row in family:
-            row.started = time.monotonic()
-            own = slice(len(ids), len(ids) + len(row.prompt) - n_shared)
-            places.append((row, slice(start, start + n_shared), own))
-            ids += row.prompt[n_shared:]
-            positions += range(n_shared, len(row.prompt))
+    """Fill the rows' caches and draw their first tokens; what prompts have in common is read once."""
+    ids, positions, group, places = _lay_out(families)
     device = writer.model.device
     cache = DynamicCache()
     logits = writer.model(
@@ -164,19 +147,49 @@ def _read_prompts(writer: Writer, families: list[list[Row]], sampling: Sampling)
         position_ids=torch.tensor([positions], device=device),
         # A mask of four dimensions is passed on as it is, so none is built: the groups say who sees whom.
         attention_mask=torch.empty(1, 1, 1, 1, device=device),
-        groups=tuple(groups),
+        groups=(group,),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=torch.tensor([own.stop - 1 for _, _, own in places], device=device),
+        logits_to_keep=torch.tensor([parts[-1].stop - 1 for _, parts in places], device=device),
     ).logits[0]
     layers = [(keys[0], values[0]) for keys, values, _ in cache]
-    rows = [row for row, _, _ in places]
-    for (row, shared, own), token in zip(places, _draw(logits, rows, sampling), strict=True):
+    rows = [row for row, _ in places]
+    for (row, parts), token in zip(places, _draw(logits, rows, sampling), strict=True):
         row.cache = [
-            (torch.cat([k[:, shared], k[:, own]], dim=1), torch.cat([v[:, shared], v[:, own]], dim=1))
+            (torch.cat([k[:, part] for part in parts], dim=1), torch.cat([v[:, part] for part in parts], dim=1))
             for k, v in layers
         ]
         row.add(token, writer.stop_ids)
+
+
+_Places = list[tuple[Row, tuple[slice, ...]]]
+"""Each row, and where the parts of its prompt lie in a packed row."""
+
+
+def _lay_out(families: list[list[Row]]) -> tuple[list[int], list[int], Group, _Places]:
+    """Token ids, positions and the group of a packed row: the head of all prompts, then families, then their rows."""
+    prompts = [row.prompt for family in families for row in family]
+    # At least its last token is each row's own, since what follows it is what is drawn; and one each family's.
+    n_shared = [
+        min(_n_common(min(each), max(each)), *(len(prompt) - 1 for prompt in each))
+        for each in ([row.prompt for row in family] for family in families)
+    ]
+    n_head = max(0, min(_n_common(min(prompts), max(prompts)), *(n - 1 for n in n_shared)))
+    ids, positions = prompts[0][:n_head], list(range(n_head))
+    places: _Places = []
+    for n_family, family in zip(n_shared, families, strict=True):
+        start = len(ids)
+        ids += family[0].prompt[n_head:n_family]
+        positions += range(n_head, n_family)
+        for row in family:
+            row.started = time.monotonic()
+            parts = slice(0, n_head), slice(start, start + n_family - n_head)
+            places.append((row, (*parts, slice(len(ids), len(ids) + len(row.prompt) - n_family))))
+            ids += row.prompt[n_family:]
+            positions += range(n_family, len(row.prompt))
+    branches = tuple(n - n_head for n in n_shared)
+    twigs = tuple(tuple(len(row.prompt) - n for row in family) for n, family in zip(n_shared, families, strict=True))
+    return ids, positions, Group(0, n_head, branches, twigs), places
 
 
 @torch.inference_mode()

@@ -184,7 +184,15 @@ def command(
     started, console = time.time(), Console()
     _check_flags(flags, critiques, with_critique=with_critique, recorded=recorded)
     find_benchmark(benchmark)  # a misspelt name is found before anything is paid for
-    found = read_pairs(pairs, split=split, source=source, subset=subset, limit=limit, skip_bad=skip_bad).pairs
+    found = read_pairs(
+        pairs,
+        split=split,
+        source=source,
+        subset=subset,
+        limit=limit,
+        skip_bad=skip_bad,
+        allow_empty=benchmark != "pairs",
+    ).pairs
     ids = {pair.id for pair in found}
     rows = None if critiques is None else [row for row in read_critiques(critiques) if row.pair_id in ids]
     if rows == []:

@@ -4,7 +4,9 @@ A reward model that reads such a critique can copy the grade instead of reading 
 response counts: fractions and scores that a critique merely talks about ("7/20 is a margin of 35 %") do not.
 """
 
+import itertools
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +27,8 @@ _FILLER = (
     r"(?:[\s*\"]+(?:it|this|that|the|your|response|answer|reply|completion|last|chatbot['’]s|as|a|an|at|with|of|about|"
     r"around|overall|perhaps|maybe|solid|strong|only|just|score|rating|grade|mark))*[\s*\"]+"
 )
-_START = r"(?:^|(?<=[\n*(])|(?<=[.!?]\s))[\s*_#>-]*"
+# Where a line, a sentence or emphasis begins, with its marks; tried once per run of marks, which may be long.
+_START = r"(?<![\s*_#>-])(?:^|(?<=\()|(?<=[.!?])(?=\s)|(?=(?:[^\S\n]|[_#>-])*+[\n*]))[\s*_#>-]*+"
 _NEXT = r"(?=[\s*_\"]*(?:[;:,!?)–—-]|\.(?!\d)|$|\b(?:for|because|since|and|but|overall|due|based|on|in)\b))"
 _END = r"(?=[\s*_]*(?:[.!?)\n]|$))"
 
@@ -57,7 +60,7 @@ _LEAKS = tuple(
     )
 )
 _PICTURED = re.compile(r"[★⭐]{1,5}☆{0,5}")
-_SENTENCE = re.compile(r"[^\n.!?]*(?:[.!?](?![\s\"'”’)*]|$)[^\n.!?]*)*[.!?]*[\"'”’)*]*(?:\s+|$)|\n")
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)*]*\s+|\n\s*")
 _CLAUSE = re.compile(r"\s*[,;(]\s*(?:(?:so|and|but|because|since|as)\s+)?|\s+[–—-]\s+|\s+(?:because|since|although)\s+")
 
 
@@ -121,33 +124,72 @@ def strip_scores(text: str) -> str:
 
     Text without a grade comes back as it is. Nothing may be left.
     """
-    if not find_leaks(text):
-        return text
-    pieces = (piece.group() for piece in _SENTENCE.finditer(text))
-    return re.sub(r"\n{3,}", "\n\n", "".join(_without(piece) for piece in pieces)).strip()
+    edit = _without
+    while leaks := find_leaks(text):
+        text = "".join(edit(part, inside) if inside else part for part, inside in _parts(text, leaks))
+        text = re.sub(r"\n{3,}", "\n\n", text).strip()
+        edit = _nothing  # what is left may read as a grade once more; then the whole sentence goes, so that this ends
+    return text
 
 
-def _without(sentence: str) -> str:
-    leaks = find_leaks(sentence)
-    if not leaks:
-        return sentence
-    space = sentence[len(sentence.rstrip()) :]
-    body = sentence.rstrip()
-    end_mark = body[-1] if body and body[-1] in ".!?" else "."
-    for leak in reversed(leaks):
-        if body[leak.start - 1 : leak.start] + body[leak.end : leak.end + 1] == "()":
-            body = body[: leak.start - 1].rstrip() + body[leak.end + 1 :]
-            continue
-        if _PICTURED.match(body[leak.start : leak.end]):
-            body = body[: leak.start] + body[leak.end :]
-            continue
-        breaks = [match.span() for match in _CLAUSE.finditer(body)]
-        before = max((span for span in breaks if span[1] <= leak.start), default=None)
-        after = min((span for span in breaks if span[0] >= leak.end), default=None)
-        left = body[: before[0]] if before else ""
-        right = body[after[1] :] if after else ""
-        body = f"{left}, {right}" if left and right else left or right
-    body = body.strip(" ,;:()*_-–—\n")
+def cut_sentences(text: str) -> list[str]:
+    """Sentences and lines, each with the space after it; put together they are the text."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)]) if start < end]
+
+
+def _parts(text: str, leaks: list[Leak]) -> Iterator[tuple[str, list[Leak]]]:
+    """Sentences with their leaks, placed from the part's start; lines that share a leak are one part."""
+    waiting = deque(leaks)
+    inside: list[Leak] = []
+    start = end = 0
+    for sentence in cut_sentences(text):
+        end += len(sentence)
+        while waiting and waiting[0].start < end:
+            inside.append(waiting.popleft())
+        if not inside or inside[-1].end <= end:
+            yield text[start:end], [Leak(leak.start - start, leak.end - start, leak.value) for leak in inside]
+            start, inside = end, []
+
+
+def _without(sentence: str, leaks: list[Leak]) -> str:
+    whole = sentence.rstrip()
+    space = sentence[len(whole) :]
+    end_mark = whole[-1] if whole[-1] in ".!?" else "."
+    body = whole.rstrip(".!?")
+    for start, end, joint in reversed(_cuts(body, leaks)):
+        left, right = body[:start], body[end:]
+        body = left + (joint if left and right else "") + right
+    # Brackets and emphasis that opened around a grade have lost their other half; those around words have not.
+    marks = "" if re.search(r"[(*_]\w", body) else "()*_"
+    body = body.strip(f" ,;:-–—\n{marks}")
     if len(re.findall(r"\w+", body)) < 3:
-        return "\n" if "\n" in space else ""
+        return _nothing(sentence, leaks)
     return body[0].upper() + body[1:].rstrip(".!?") + end_mark + space
+
+
+def _nothing(sentence: str, leaks: list[Leak]) -> str:
+    return "\n" if "\n" in sentence[len(sentence.rstrip()) :] else ""
+
+
+def _cuts(body: str, leaks: list[Leak]) -> list[tuple[int, int, str]]:
+    """What goes from a sentence, from where to where, and what joins the ends; in order and without overlaps."""
+    breaks = [match.span() for match in _CLAUSE.finditer(body)]
+    cuts: list[tuple[int, int, str]] = []
+    for leak in leaks:
+        start, end, joint = _cut(body, leak, breaks)
+        while cuts and cuts[-1][1] >= start:  # two grades in one clause
+            before = cuts.pop()
+            start, end, joint = min(start, before[0]), max(end, before[1]), joint or before[2]
+        cuts.append((start, end, joint))
+    return cuts
+
+
+def _cut(body: str, leak: Leak, breaks: list[tuple[int, int]]) -> tuple[int, int, str]:
+    if leak.start and body[leak.start - 1] + body[leak.end : leak.end + 1] == "()":
+        return len(body[: leak.start - 1].rstrip()), leak.end + 1, ""
+    if _PICTURED.match(body[leak.start : leak.end]):
+        return leak.start, leak.end, ""
+    start = max((span[0] for span in breaks if span[1] <= leak.start), default=0)
+    end = min((span[1] for span in breaks if span[0] >= leak.end), default=len(body))
+    return start, end, ", "

@@ -79,7 +79,9 @@ def command(
     elif critiques is None or reference is None or not pairs:
         raise ConfigError("name the critiques, their --pairs and the --reference critiques, or give --recorded FILE")
     else:
-        found = read_pairs(pairs, split=split, source=source, subset=subset, limit=limit, skip_bad=skip_bad).pairs
+        found = read_pairs(
+            pairs, split=split, source=source, subset=subset, limit=limit, skip_bad=skip_bad, allow_empty=True
+        ).pairs
         rows, references = read_critiques(critiques), read_critiques(reference)
         known = read_answers(answers) if answers else {}
         grades, facts = _call(

@@ -21,12 +21,12 @@ from typing import Any
 
 from rich.console import Console
 
-from critrm.augment import Augmented, Budget, augment_pairs, file_name, text_encoder, write_augmented
+from critrm.augment import Augmented, Budget, augment_pairs, text_encoder, write_augmented
 from critrm.baselines import baselines
 from critrm.budget import Estimate, Ledger, Purse, estimates_table
 from critrm.calls import estimate_critiques, open_purse
 from critrm.config import CriticConfig, PairSource, Recipe, data_path, load_recipe
-from critrm.critics import complete_critics
+from critrm.critics import check_critic, complete_critics
 from critrm.critique import critique_with_progress
 from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
@@ -40,6 +40,7 @@ from critrm.results import ArmScores, compare_arms
 from critrm.reward_model import RewardModel
 from critrm.store import (
     content_hash,
+    file_name,
     mark_stage_done,
     stage_is_done,
     write_manifest,
@@ -98,6 +99,8 @@ def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = Non
         write_records(run.out / "preferences" / f"{name}.jsonl", found)
         run.console.print(f"{name}: {len(found)} pairs", highlight=False)
     pairs = [pair for found in sets.values() for pair in found]
+    for critic in critics.values():
+        check_critic(critic)
     with CritiqueCache(default_cache_path()) as cache:
         purse = open_purse(recipe.critique.max_cost, pairs, critics=critics, cache=cache)
     critiques = {name: _critiques(run, name, critic, pairs, purse=purse) for name, critic in critics.items()}
@@ -225,9 +228,12 @@ def _train_and_evaluate(run: Run, augmented: Mapping[str, Augmented], critic: st
         arm, held_out = split_held_out(arm, config.n_held_out)
         facts["n_held_out"] = config.n_held_out
     data = {name: [asdict(item) for item in found.arms[critic]] for name, found in augmented.items()}
-    fingerprint = content_hash(facts, data)
+    benchmarks = {name: source.benchmark for name, source in run.recipe.preferences.test.items()}
+    fingerprint = content_hash(facts, data, benchmarks)
     if stage_is_done(folder, fingerprint):
         return
+    # From here on the folder holds another run's results in part.
+    (folder / "done.json").unlink(missing_ok=True)
     with run.timed(f"train {critic}"):
         result = train_reward_model(
             arm,

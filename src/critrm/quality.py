@@ -248,7 +248,7 @@ def command(
         skip_bad: leave out pairs that cannot be read instead of stopping at the first.
     """
     rows = read_critiques(critiques)
-    report = check_critiques(read_pairs(pairs, skip_bad=skip_bad).pairs, rows)
+    report = check_critiques(read_pairs(pairs, skip_bad=skip_bad, allow_empty=True).pairs, rows)
     console = Console()
     for found in report.critics:
         console.print(_table(found, report, [row for row in rows if row.critic == found.critic], examples))

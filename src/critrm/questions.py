@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from critrm.budget import Ledger, Price, Purse, most_tokens, n_characters
 from critrm.config import CriticConfig, validated
 from critrm.critics import complete_critic, load_critics, no_price, price_of
-from critrm.critique_cache import CritiqueCache
+from critrm.critique_cache import MAYBE_BILLED, CritiqueCache
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import Chat, ChatRequest, Reply, Sampling
 from critrm.store import content_hash
@@ -76,28 +76,34 @@ def ask(
     # In the order of keys: a hash's order says nothing of which completion is the chosen one.
     distinct = dict(sorted(zip(keys, questions, strict=True), key=lambda item: item[0]))
     found: dict[str, Critique] = {}
+    paid: dict[str, float] = {}
+    """What calls to be made again have cost before: a failure can be billed."""
 
     def receive(answer: Critique, *, cached: bool) -> None:
-        found[answer.key] = answer
         if ledger:
             ledger.add(answer, cached=cached)
+        # As the cache has it: with the cost of the failures before it.
+        found[answer.key] = replace(answer, cost=answer.cost + paid.get(answer.key, 0.0))
         if on_answer:
             on_answer(counts[answer.key])
 
     for key in distinct:
         stored = cache.get(key)
+        if stored and purse:
+            purse.paid_before(key, stored.cost)
         if stored and not (stored.failure and retry_failed):
-            if purse:
-                purse.paid_before(key, stored.cost)
             receive(stored, cached=True)
+        elif stored:
+            paid[key] = stored.cost
+            if ledger:
+                ledger.cost_cached += stored.cost
     todo = {key: question for key, question in distinct.items() if key not in found}
 
     def answered(reply: Reply) -> None:
         answer = _answer(reply, todo[reply.id], asked=asked, price=price)
         cache.put(answer)
         if purse:
-            # A provider may bill for an answer that did not get here in time.
-            purse.settle(reply.id, answer.cost, unsure=answer.failure.startswith(("timeout", "connection failed")))
+            purse.settle(reply.id, answer.cost, unsure=answer.failure.startswith(MAYBE_BILLED))
         receive(answer, cached=False)
 
     if todo:
@@ -112,7 +118,8 @@ def ask(
 
 def _key(question: Question, model: str, sampling: Sampling) -> str:
     # The same form as a critique's, so that a template used as either is paid for once.
-    facts = [sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.seed]
+    # 1 and 1.0 are the same temperature, but not the same text.
+    facts = [float(sampling.temperature), float(sampling.top_p), sampling.max_tokens, sampling.seed]
     texts = [[message.role, message.content] for message in question.messages]
     return content_hash(model, facts, question.template_version, texts)
 

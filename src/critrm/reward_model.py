@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from critrm import models
 from critrm.architectures import load_classifier
@@ -71,9 +72,7 @@ class RewardModel:
         Raises:
             ModelError: there is no model, or it has more than one label.
         """
-        path = Path(folder)
-        facts = path / "critrm.json"
-        reads = from_json(Reads, json.loads(facts.read_text(encoding="utf-8"))) if facts.is_file() else Reads()
+        reads = _read_facts(str(folder))
         model, tokenizer = load_classifier(str(folder))
         loaded = cls(model, tokenizer, reads, name=str(folder))
         device = device or models.choose_device()
@@ -269,6 +268,15 @@ class RewardModel:
         folder = Path(folder)
         save_classifier(self.model, self.tokenizer, folder)
         write_text(folder / "critrm.json", json.dumps(asdict(self.reads), indent=2) + "\n")
+
+
+def _read_facts(name: str) -> Reads:
+    """What a model of ours was trained to read, from its folder or the hub; the defaults for anybody else's."""
+    facts = Path(name) / "critrm.json"
+    if not Path(name).is_dir():
+        found = cached_file(name, "critrm.json", _raise_exceptions_for_missing_entries=False)
+        facts = Path(found) if found else facts
+    return from_json(Reads, json.loads(facts.read_text(encoding="utf-8"))) if facts.is_file() else Reads()
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from critrm.errors import DataError, StorageError
-from critrm.types import RunManifest
+from critrm.errors import ConfigError, DataError, StorageError
+from critrm.types import NO_CRITIC, RunManifest
 
 R = TypeVar("R")
 
@@ -230,6 +230,25 @@ def read_records(path: str | Path, record_type: type[R]) -> list[R]:
         except (TypeError, AttributeError, KeyError) as error:
             raise DataError(f"not a {record_type.__name__} ({error})", path=str(path), line=number) from None
     return records
+
+
+def file_name(critic: str) -> str:
+    """A critic's name as a file or folder name: model names hold slashes and colons."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in critic).strip(".") or "critic"
+
+
+def refuse_same_folders(names: Iterable[str]) -> None:
+    """Each critic's files lie in a folder called like it, as far as folders can be.
+
+    Raises:
+        ConfigError: two critics would share one, or a critic that of the No-Critiques arm.
+    """
+    taken = {NO_CRITIC: NO_CRITIC}
+    for name in names:
+        folder = file_name(name).lower()
+        if folder in taken:
+            raise ConfigError(f"critics {taken[folder]!r} and {name!r} would share the folder {folder!r}: rename one")
+        taken[folder] = name
 
 
 def content_hash(*parts: object) -> str:

@@ -1,6 +1,7 @@
 """Chooses an arm's learning rate on pairs held out from training (section 4.4)."""
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def split_held_out(arm: Sequence[CritiquedPair], n_held_out: int) -> tuple[Arm, 
     """The pairs to train on, in their order, and those held out: the same ones for every arm and seed.
 
     Raises:
-        DataError: no pair would be left to train on.
+        DataError: no pair would be left to train on, or training diverges at every rate.
     """
     order = random.Random(SPLIT_SEED).sample(range(len(arm)), len(arm))
     if len(arm) <= n_held_out:
@@ -57,7 +58,9 @@ def choose_learning_rate(
         rate: _trial(rest, held_out, config, rate=rate, out=out, max_length=max_length, console=console)
         for rate in config.learning_rates
     }
-    best = min(losses, key=losses.__getitem__)
+    best = min(losses, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
+    if math.isnan(losses[best]):
+        raise DataError(f"training diverged at every learning rate ({', '.join(map(str, losses))}): add lower ones")
     tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
     console.print(f"{arm[0].critic}: learning rate {best:g} (held-out loss {tried})", highlight=False)
     return best
@@ -74,13 +77,14 @@ def _trial(
     console: Console,
 ) -> float:
     folder = out / f"learning-rate-{rate:g}"
+    config = config.model_copy(update={"keep": "last"})
     facts = run_facts(config, seed=config.seeds[0], rate=rate, max_length=max_length)
     fingerprint = content_hash(facts, [asdict(item) for item in rest], [asdict(item) for item in held_out])
     marker = folder / "sweep"
     if not stage_is_done(marker, fingerprint):
         result = train_reward_model(
             rest,
-            config.model_copy(update={"keep": "last"}),
+            config,
             out=folder,
             seed=config.seeds[0],
             learning_rate=rate,
@@ -91,5 +95,7 @@ def _trial(
         loss = held_out_loss(held_out, scores, config.margins)
         accuracy = sum(score.chosen > score.rejected for score in scores) / len(scores)
         mark_stage_done(marker, fingerprint, loss=loss, accuracy=accuracy, n_held_out=len(held_out), n_train=len(rest))
+        # Without its weights the training is not done: another sweep over other held-out pairs has to train again.
+        (folder / "done.json").unlink()
         shutil.rmtree(result.folder)
     return float(json.loads((marker / "done.json").read_text(encoding="utf-8"))["loss"])
