@@ -131,9 +131,9 @@ def test_pairs_have_subsets_and_no_sections():
     assert (result.headline, result.headline_value) == ("accuracy on all pairs", 0.5)
 
 
-def test_pairs_without_subset_or_source_are_all():
+def test_pairs_without_subset_or_source_have_a_row_that_is_not_the_one_of_all():
     pairs = _pairs("", 2)[:1]
-    assert list(_summary(pairs, []).subsets) == ["all"]
+    assert list(_summary(pairs, []).subsets) == ["(no subset)"]
 
 
 def test_a_subset_of_one_pair():
@@ -319,6 +319,14 @@ def test_a_list_with_a_missing_reward_is_unscored():
     pairs, scores = _lists(("a", "s", [(2, 1), (2, math.nan)]), ("b", "s", [(2, 1), (2, 0)]))
     assert _summary(pairs, scores, "best-of-n").overall.n_unscored == 1
     assert _summary(pairs, scores[:-1], "best-of-n").overall.n_unscored == 2
+
+
+@pytest.mark.parametrize("benchmark", ["best-of-n", "rewardbench2"])
+def test_a_list_is_not_made_easier_by_a_pair_that_was_dropped(benchmark):
+    pairs, scores = _lists(("7", "Math", [(2, 1), (2, 3), (2, 0)]))
+    left = [scores[0], scores[2]]
+    assert _summary(pairs, scores, benchmark).overall.n_wrong == 1
+    assert _summary(pairs, left, benchmark).overall.n_unscored == 1
 
 
 TIES = [

@@ -40,6 +40,12 @@ def test_a_model_that_is_too_sure_has_a_high_temperature_and_dividing_by_it_help
     assert found.ece_scaled < 0.03
 
 
+def test_the_error_after_scaling_is_no_bound():
+    found = calibrate(_scores([0.1, 2.2, 0.1, 0.6, 2.6, 1.9, 3.7, -1.8]), n_bins=2)
+    assert found.temperature is not None
+    assert found.ece_scaled > found.ece
+
+
 def test_bins_by_hand():
     found = calibrate(_scores([0.0, 0.0, 100.0, -100.0]), n_bins=2)
     assert [(each.n, each.confidence, each.accuracy) for each in found.bins] == [(2, 0.5, 0.5), (2, 1.0, 0.5)]

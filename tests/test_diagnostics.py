@@ -39,7 +39,7 @@ def test_all_statistics_of_one_evaluation(items):
     assert null[LONGER_CRITIQUE]["difference"]["value"] == pytest.approx(-8 / 12)
     assert found["calibration"]["n"] == 12
     assert found["length_bias"]["chosen_shorter"]["n_right"] == 4
-    assert any(f"does not beat {LONGER_CRITIQUE} (1.000)" in note for note in found["notes"])
+    assert any(f"does not beat {LONGER_CRITIQUE} (1.000, p " in note for note in found["notes"])
     assert any("was not compared with a bag of words" in note for note in found["notes"])
     text = _shown(found)
     assert "calibration error" in text

@@ -20,7 +20,7 @@ from critrm.evaluate import command, evaluate, read_result, read_scores, result_
 from critrm.metrics import tally
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import write_records
-from critrm.types import Critique, CritiquedPair, Outcome, Score
+from critrm.types import Critique, CritiquedPair, Message, Outcome, Score
 
 
 class Scorer:
@@ -180,6 +180,43 @@ def test_read_result_names_what_is_no_result(tmp_path):
             read_result(tmp_path / "pairs.json")
 
 
+@pytest.mark.parametrize("change", ["model", "fewer pairs"])
+def test_statistics_and_probes_of_other_rewards_are_removed(items, tmp_path, change):
+    evaluate(Scorer(), items, out=tmp_path)
+    (tmp_path / "pairs.probe.json").write_text("{}")
+    (tmp_path / "pandalm.probe.json").write_text("{}")
+    assert stage.score_benchmark(Scorer(), items, out=tmp_path)
+    assert (tmp_path / "pairs.statistics.json").exists() and (tmp_path / "pairs.probe.json").exists()
+    if change == "model":
+        stage.score_benchmark(Scorer(fingerprint="g"), items, out=tmp_path)
+    else:
+        stage.score_benchmark(Scorer(), items[:4], out=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.json", "pairs.scores.jsonl", "pandalm.probe.json"}
+
+
+def test_a_list_that_lost_a_pair_is_unscored(items):
+    items = [replace(item, pair=replace(item.pair, id=f"{n // 3}#{n % 3}")) for n, item in enumerate(items)]
+    scorer = Scorer({"1#1": (0.0, 1.0)})
+    whole = [item.pair for item in items]
+    left = [item for item in items if item.pair.id != "1#1"]
+    assert evaluate(scorer, items, benchmark="best-of-n").overall.n_wrong == 1
+    found = evaluate(scorer, left, benchmark="best-of-n", whole=whole).overall
+    assert (found.n_right, found.n_wrong, found.n_unscored) == (3, 0, 1)
+    assert evaluate(scorer, left, whole=whole).overall.n_unscored == 0, "pairs that were dropped are no part of a list"
+    scorer.scored.clear()
+    with pytest.raises(DataError, match="none of the pairs"):
+        evaluate(scorer, items, benchmark="best-of-n", whole=whole[1:])
+    assert scorer.scored == []
+
+
+def test_training_pairs_are_not_tested(items):
+    scorer = Scorer()
+    with pytest.raises(DataError, match="2 of the 8 test pairs are training pairs, such as 'pair-04'"):
+        evaluate(scorer, items[4:], train_items=items[:6])
+    assert scorer.scored == []
+    assert evaluate(scorer, items[6:], train_items=items[:6]).overall.n_right == 6
+
+
 def test_a_folder_that_cannot_be_written_is_a_storage_error(items, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
@@ -265,6 +302,45 @@ def test_the_command_says_when_texts_are_cut(tiny_model, files, capsys):
     assert "pairs cut to the model's length: prompt cut" in capsys.readouterr().out
 
 
+def test_a_cut_by_the_token_that_begins_the_sequence_is_a_cut(tiny_model, items, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    def model(max_length):
+        made = RewardModel.from_backbone(str(tiny_model), Reads(critic="c", max_length=max_length), seed=3)
+        bos = made.tokenizer.bos_token
+        made.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, made.tokenizer.bos_token_id)]
+        )
+        return RewardModel(made.model, made.tokenizer, made.reads, name="m")
+
+    encoded = model(1000).encode(items[0])
+    n = len(encoded.prompt) + max(map(len, encoded.branches))
+    assert stage._cuts(model(n), items[:1]) == []
+    assert stage._cuts(model(n - 1), items[:1]) == ["prompt cut"]
+
+
+@pytest.mark.parametrize("is_arm", [False, True])
+def test_the_command_leaves_a_list_unscored_whose_critique_failed(model_folder, files, pairs, is_arm):
+    changed = [replace(pair, id=f"{n // 3}#{n % 3}") for n, pair in enumerate(pairs)]
+    write_records(files / "pairs.jsonl", changed)
+    names = dict(zip((pair.id for pair in pairs), (pair.id for pair in changed), strict=True))
+    critiques = [
+        replace(row, pair_id=names[row.pair_id])
+        for row in stage.read_critiques(files / "critiques.jsonl")
+        if row.pair_id != "pair-04"
+    ]
+    write_records(files / "critiques.jsonl", critiques)
+    if is_arm:
+        write_augmented(files / "arms", augment_pairs(changed, {"c": critiques}))
+        command(str(model_folder), str(files / "arms" / "c.jsonl"), benchmark="best-of-n", out=files / "out")
+    else:
+        given = {"critiques": files / "critiques.jsonl", "out": files / "out"}
+        command(str(model_folder), str(files / "pairs.jsonl"), benchmark="best-of-n", **given)
+    overall = read_result(files / "out" / "best-of-n.json").overall
+    assert overall.n_unscored == 2, "pair 04 of the second list, and 10 and 11 of the last, have no critiques"
+    assert overall.n_right + overall.n_wrong + overall.n_tie == 2
+
+
 def test_the_command_refuses_what_does_not_fit(model_folder, files):
     with pytest.raises(CriticMismatch):
         command(str(model_folder), str(files / "pairs.jsonl"))
@@ -280,10 +356,14 @@ def test_the_command_refuses_what_does_not_fit(model_folder, files):
 
 def test_the_command_probes_and_lays_null_baselines_beside(model_folder, files, pairs, capsys):
     critiques = stage.read_critiques(files / "critiques.jsonl")
-    write_augmented(files / "arms", augment_pairs(pairs, {"c": critiques}))
-    arm = str(files / "arms" / "c.jsonl")
-    command(str(model_folder), arm, train=arm, probe=True, out=files / "out")
+    augmented = augment_pairs(pairs, {"c": critiques})
+    write_augmented(files / "arms", augmented)
+    arm, train, same_prompt = (str(files / "arms" / f"{name}.jsonl") for name in ("c", "train", "same-prompt"))
+    write_records(train, [replace(item, pair=_other(item.pair, "Else?")) for item in augmented.arms["c"]])
+    write_records(same_prompt, [replace(item, pair=_other(item.pair, "")) for item in augmented.arms["c"]])
+    command(str(model_folder), arm, train=train, probe=True, out=files / "out")
     shown = capsys.readouterr().out
+    assert "in the training pairs" not in shown
     assert "Does it read the critique?" in shown
     assert "longer completion wins" in shown
     statistics = json.loads((files / "out" / "pairs.statistics.json").read_text())
@@ -292,12 +372,22 @@ def test_the_command_probes_and_lays_null_baselines_beside(model_folder, files, 
     assert set(probed["all"]) == {
         "original", "swapped", "shuffled", "removed", "negated", "flattery", "injection",
     }  # fmt: skip
+    command(str(model_folder), arm, train=same_prompt)
+    assert "c.jsonl are in the training pairs" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(DataError, match=r"c\.jsonl.*10 of the 10 test pairs are training pairs"):
+        command(str(model_folder), arm, train=arm)
     with pytest.raises(DataError, match="not an arm"):
         command(str(model_folder), arm, train=str(files / "pairs.jsonl"))
     with pytest.raises(CriticMismatch, match="'none'"):
         command(str(model_folder), arm, train=str(files / "arms" / "none.jsonl"))
     with pytest.raises(ConfigError, match="give the critiques"):
         command(str(model_folder), str(files / "pairs.jsonl"), probe=True)
+
+
+def _other(pair, prompt):
+    """A pair of another id, and of another prompt where one is given."""
+    changed = (Message("user", f"{prompt} {pair.id}"),) if prompt else pair.prompt
+    return replace(pair, id=f"other-{pair.id}", prompt=changed)
 
 
 def test_a_benchmark_keeps_empty_and_identical_completions(tiny_model, files, pairs):

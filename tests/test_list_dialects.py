@@ -52,6 +52,21 @@ def test_rm_benchs_released_files_name_the_source_and_number_their_rows_each_on_
     assert len({pair.id for pair in found.pairs}) == 18
 
 
+def test_lists_of_three_and_three_are_rm_bench_only_by_its_domains(tmp_path):
+    own = {"prompt": "Q", "subset": "mine", "chosen": ["c0", "c1", "c2"], "rejected": ["r0", "r1", "r2"]}
+    found = _read(tmp_path, own, own)
+    assert found.dialect == "best-of-n"
+    assert [pair.id for pair in found.pairs] == [f"rows-0000{row}#{n}" for row in (1, 2) for n in range(3)]
+    assert _read(tmp_path, own | {"domain": ["chat"]}).dialect == "best-of-n"
+
+
+def test_rm_bench_without_ids_gets_them_from_its_lines(tmp_path):
+    row = {name: value for name, value in RM_BENCH.items() if name != "id"}
+    found = _read(tmp_path, row, row | {"id": None})
+    assert (found.dialect, len(found.pairs)) == ("rm-bench", 18)
+    assert {pair.id.partition("#")[0] for pair in found.pairs} == {"rows-00001", "rows-00002"}
+
+
 def test_a_list_becomes_so_many_pairs_that_each_completion_is_in_one(tmp_path):
     assert _shown(_read(tmp_path, TIES).pairs) == [
         ("tied:3#0", "c0", "r0"), ("tied:3#1", "c1", "r1"), ("tied:3#2", "c0", "r2"),

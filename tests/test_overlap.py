@@ -42,6 +42,20 @@ def test_the_most_similar_training_prompt_is_named():
     assert match.train == trains[0]
 
 
+@pytest.mark.parametrize(
+    ("train", "end"),
+    [
+        ("请写一个关于灯塔看守人的短故事，他发现了一封瓶中信并决定回信", "写信"),
+        ("灯台守が瓶の中の手紙を見つけて返事を書く短い物語を書いて", "うよ"),
+        ("เขียนเรื่องสั้นเกี่ยวกับผู้เฝ้าประภาคารที่พบข้อความในขวด", "ถุง"),
+    ],
+)
+def test_near_duplicates_without_spaces_are_found(train, end):
+    pytest.importorskip("datasketch")
+    (match,) = find_overlap([train, "今天天气怎么样"], [train[: -len(end)] + end, "1加1等于几"]).near
+    assert match.train == train
+
+
 @pytest.mark.parametrize("texts", [[], ["", "?!", " \x00"]])
 def test_prompts_without_words_match_nothing(texts):
     found = find_overlap(texts, ["", "?!", "real"], threshold=None)

@@ -115,6 +115,25 @@ def test_groups_are_the_benchmarks_sections(items):
     assert set(probe(READER, items)) == {ALL, "single-turn", "multi-turn"}
 
 
+@pytest.mark.parametrize(("name", "label"), [("all", "all (subset)"), ("", "(no subset)")])
+def test_no_subset_takes_the_place_of_all_pairs(items, name, label):
+    for n in range(3):
+        items[n] = replace(items[n], pair=replace(items[n].pair, subset=name, source=""))
+    results = probe(READER, items)
+    assert {group: found[ORIGINAL].tally.n_right for group, found in results.items()} == {
+        ALL: 12, label: 3, "single-turn": 6, "multi-turn": 3,
+    }  # fmt: skip
+
+
+def test_identical_completions_tie_as_in_the_evaluation(items):
+    items[0] = replace(items[0], pair=replace(items[0].pair, rejected=items[0].pair.chosen + " "))
+    model = Scorer(lambda completion, critique: critique.count("good") + (INJECTION in completion) * 9)
+    results = probe(model, items)[ALL]
+    assert results[ORIGINAL].tally.n_tie == results["swapped"].tally.n_tie == 1
+    assert (results["injection"].tally.n_tie, results["injection"].tally.n_wrong) == (0, 12), "it tells them apart"
+    assert critic_matrix({"c": model}, {"c": items}).accuracy["c"]["c"].n_tie == 1
+
+
 def test_rewards_that_are_no_numbers_take_no_part(items):
     nan = Scorer(lambda completion, critique: math.nan)
     results = probe(nan, items)

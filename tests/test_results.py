@@ -49,6 +49,15 @@ def test_sections_of_a_benchmark_are_groups_over_their_items():
     assert "Natural" not in groups, "a section of one subset would repeat that subset"
 
 
+@pytest.mark.parametrize(("name", "label"), [("all", "all (subset)"), ("", "(no subset)")])
+def test_no_subset_takes_the_place_of_all_pairs(name, label):
+    pairs = _pairs([name] * 2 + ["x"] * 3)
+    groups = compare_arms(pairs, {NO_CRITIC: [_scores(pairs, {0})]})
+    assert {label: (group["kind"], group["n"]) for label, group in groups.items()} == {
+        ALL: ("all", 5), label: ("subset", 2), "x": ("subset", 3),
+    }  # fmt: skip
+
+
 def test_seeds_give_a_spread():
     pairs = _pairs(["x"] * 4)
     arms = {NO_CRITIC: [_scores(pairs, {0}), _scores(pairs, {0, 1, 2})], "c": [_scores(pairs, {0, 1, 2, 3})] * 2}

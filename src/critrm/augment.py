@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from critrm.critique_files import read_critiques
-from critrm.encoding import encode_text
+from critrm.encoding import beginning, encode_text
 from critrm.errors import ConfigError, DataError
 from critrm.models import load_tokenizer
 from critrm.preferences import read_pairs
@@ -267,13 +267,16 @@ def command(
     for path in critiques:
         for row in read_critiques(path):
             named.setdefault(row.critic, []).append(row)
-    encode = text_encoder(load_tokenizer(backbone)) if backbone else None
+    encode, budget = None, Budget(max_length)
+    if backbone:
+        tokenizer = load_tokenizer(backbone)
+        encode, budget = text_encoder(tokenizer), Budget(max_length - len(beginning(tokenizer)))
     found = read_pairs(pairs, split=split, skip_bad=skip_bad, allow_empty=allow_empty).pairs
     augmented = augment_pairs(
         found,
         named,
         encode=encode,
-        budget=Budget(max_length),
+        budget=budget,
         sample=sample,
         drop=tuple(reason.strip() for reason in drop.split(",") if reason.strip()),
         strip_scores=strip_scores,

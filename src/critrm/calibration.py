@@ -46,7 +46,8 @@ class Calibration:
     """Dividing the differences by it makes the labels likeliest; above 1 the model is too sure. None where no finite
     one is best: it favours the rejected completion on average, or never errs."""
     ece_scaled: float | None
-    """The error after dividing by the temperature (fitted to the same pairs, so a lower bound)."""
+    """The error after dividing by the temperature. The temperature is fitted to the same pairs, which flatters it; it
+    makes the labels likeliest and not this error smallest, so the error may also be higher than before."""
     bins: tuple[Bin, ...]
 
 

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from critrm.errors import ConfigError
-from critrm.types import Rating
+from critrm.types import RATINGS
 
 BUNDLED = "bundled:"
 """Prefix of a path to a data file or recipe that the package carries."""
@@ -163,7 +163,7 @@ class TrainConfig(Section):
     """Pairs that the sweep's runs train on; all that are not held out when None."""
     min_learning_rate_share: float = Field(default=0.1, ge=0, le=1)
     warmup_steps: int = Field(default=32, ge=0)
-    margins: dict[Rating, float] | None = Field(
+    margins: dict[str, float] | None = Field(
         default={"slightly better": 1 / 3, "better": 2 / 3, "significantly better": 1.0}
     )
     """m(r) of equations 1 and 2 by rating; None is no margin. Pairs without a rating have none."""
@@ -192,6 +192,13 @@ class TrainConfig(Section):
     def _held_out_for_sweep(self) -> "TrainConfig":
         if len(self.learning_rates) > 1 and not self.n_held_out:
             raise ValueError("several learning_rates need n_held_out pairs to choose between them")
+        return self
+
+    @model_validator(mode="after")
+    def _margins_by_rating(self) -> "TrainConfig":
+        unknown = set(self.margins or ()) - set(RATINGS)
+        if unknown:
+            raise ValueError(f"margins are by rating: {', '.join(RATINGS)}; not {', '.join(sorted(unknown))}")
         return self
 
     @model_validator(mode="after")

@@ -28,6 +28,12 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return ids
 
 
+def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The token that the tokenizer puts before every text, if it does."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
+
+
 @functools.lru_cache(maxsize=8)
 def _tags(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
     """Finds the tokenizer's added tokens that are not marked as special; runs of spaces among them are plain text."""

@@ -1,9 +1,10 @@
 """Stage 4: benchmark x reward model -> EvalResult (sections 4.1 and 5.1)."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +12,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from critrm.augment import Budget, augment_pairs, file_name, segment_pair, text_encoder
-from critrm.benchmarks import find_benchmark, summarise
+from critrm.augment import Budget, augment_pairs, segment_pair, text_encoder
+from critrm.benchmarks import find_benchmark, level_identical, summarise
+from critrm.benchmarks.best_of_n import list_id
 from critrm.benchmarks.rewardbench import official_files
 from critrm.critique_files import read_critiques
 from critrm.diagnostics import diagnose, diagnostics_table, result_table
 from critrm.errors import ConfigError, CriticMismatch, DataError
+from critrm.overlap import overlap_warning
 from critrm.preferences import read_pairs
 from critrm.probe import probe as run_probe
 from critrm.probe import probe_json, probe_table
 from critrm.score_files import read_result as read_result
 from critrm.score_files import read_scores as read_scores
 from critrm.score_files import saved_scores, score_row
-from critrm.store import content_hash, disk_errors, read_records, read_rows, write_records, write_text
-from critrm.types import NO_CRITIC, Critique, CritiquedPair, EvalResult, Score
+from critrm.store import content_hash, disk_errors, file_name, read_records, read_rows, write_records, write_text
+from critrm.types import NO_CRITIC, Critique, CritiquedPair, EvalResult, PreferencePair, Score
 
 if TYPE_CHECKING:
     from critrm.reward_model import RewardModel
@@ -38,6 +41,7 @@ def evaluate(
     pairs: Sequence[CritiquedPair],
     *,
     benchmark: str = "pairs",
+    whole: Sequence[PreferencePair] = (),
     out: str | Path | None = None,
     train_items: Sequence[CritiquedPair] = (),
     critiques: Sequence[Critique] = (),
@@ -51,10 +55,12 @@ def evaluate(
         model: the reward model.
         pairs: critiqued pairs of the critic that the model was trained with.
         benchmark: whose subsets, sections and headline number to compute; `pairs` has none.
+        whole: where lists are counted, all pairs of the lists, those that were dropped (such as for want of a critique)
+            included: a list that lacks one is unscored, since it would be easier than it is. `pairs` when empty.
         out: folder that gets `<benchmark>.json`, `<benchmark>.statistics.json` (see `diagnostics.diagnose`) and the
             rewards, `<benchmark>.scores.jsonl`; rewards that are there for the same model, pair and critiques are used
             again. For RewardBench, also `rewardbench/` with the files that its own script writes.
-        train_items: the arm's training pairs, for the null baselines that are fitted.
+        train_items: the arm's training pairs, none of them in `pairs`, for the null baselines that are fitted.
         critiques: recorded critiques with the critic's own score, for the baseline that reads it.
         allow_other_critic: score critiques of another critic than the model was trained with.
         max_tokens_per_step: how many tokens are computed at once; does not change the scores.
@@ -62,14 +68,17 @@ def evaluate(
 
     Raises:
         CriticMismatch: the critics differ (section 4.2: train and test match).
-        DataError: no pairs, two with one id, or none that is of the benchmark.
+        DataError: no pairs, two with one id, none that is of the benchmark, one that is not in `whole`, or one that is
+            in `train_items`.
         ConfigError: no such benchmark.
         StorageError: the disk is full or read-only.
     """
+    _refuse_shared(train_items, pairs)
     result, scores = score_benchmark(
         model,
         pairs,
         benchmark=benchmark,
+        whole=whole,
         out=out,
         allow_other_critic=allow_other_critic,
         max_tokens_per_step=max_tokens_per_step,
@@ -86,6 +95,7 @@ def score_benchmark(
     pairs: Sequence[CritiquedPair],
     *,
     benchmark: str = "pairs",
+    whole: Sequence[PreferencePair] = (),
     out: str | Path | None = None,
     allow_other_critic: bool = False,
     max_tokens_per_step: int = 4096,
@@ -100,8 +110,10 @@ def score_benchmark(
             "Evaluate with the same critic, or allow it with --allow-other-critic (section 4.2)."
         )
     plain = [item.pair for item in pairs]
+    counted = whole if whole and find_benchmark(benchmark).counts_lists else plain
     # Before hours of scoring: pairs that cannot be summarised are refused now.
-    summarise(plain, [], benchmark=benchmark, model=model.name, critic=critic)
+    unknown = [Score(pair.id, math.nan, math.nan) for pair in plain]
+    summarise(counted, unknown, benchmark=benchmark, model=model.name, critic=critic)
     folder = None if out is None else Path(out)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console or Console(quiet=True)) as progress:
@@ -114,7 +126,7 @@ def score_benchmark(
             max_tokens_per_step=max_tokens_per_step,
             on_progress=lambda n: progress.update(task, advance=n),
         )
-    result = summarise(plain, scores, benchmark=benchmark, model=model.name, critic=critic)
+    result = summarise(counted, scores, benchmark=benchmark, model=model.name, critic=critic)
     if folder is not None:
         _write_json(folder / f"{benchmark}.json", asdict(result))
         if benchmark == "rewardbench":
@@ -135,6 +147,19 @@ def _critic(pairs: Sequence[CritiquedPair]) -> str:
     return critics[0]
 
 
+def _refuse_shared(train_items: Sequence[CritiquedPair], items: Sequence[CritiquedPair], *, path: str = "") -> None:
+    """Baselines that learnt the test pairs' labels would only recall them."""
+    train = {item.pair.id for item in train_items}
+    shared = [item.pair.id for item in items if item.pair.id in train]
+    if shared:
+        raise DataError(
+            f"{len(shared)} of the {len(items)} test pairs are training pairs, such as {shared[0]!r}: name the pairs "
+            "that the arm was trained on, none of which is tested",
+            path=path,
+            field="id",
+        )
+
+
 def _scores(
     model: "RewardModel",
     pairs: Sequence[CritiquedPair],
@@ -147,7 +172,7 @@ def _scores(
     """The rewards of the pairs, in their order; those on disk are used again and new ones saved as they come."""
     if folder is None:
         scores = model.score(pairs, max_tokens_per_step=max_tokens_per_step, on_progress=on_progress)
-        return _level(pairs, scores)
+        return level_identical([item.pair for item in pairs], scores)
     path, table, fingerprint = folder / f"{benchmark}.scores.jsonl", find_benchmark(benchmark), model.fingerprint
     keys = {item.pair.id: content_hash(fingerprint, asdict(item)) for item in pairs}
     saved = saved_scores(path)
@@ -159,24 +184,19 @@ def _scores(
         write_records(path, [score_row(known[pair.id], table.subset_of(pair), keys[pair.id]) for pair in done])
 
     todo = [item for item in pairs if item.pair.id not in known]
-    if todo:
+    if todo or len(saved) != len(keys):
         # A result must never lie beside rewards that it was not computed from.
         with disk_errors(folder):
-            (folder / f"{benchmark}.json").unlink(missing_ok=True)
-    elif len(saved) != len(keys):
+            for ending in (".json", ".statistics.json", ".probe.json"):
+                (folder / f"{benchmark}{ending}").unlink(missing_ok=True)
+    if not todo and len(saved) != len(keys):
         save()
     for start in range(0, len(todo), PAIRS_PER_SAVE):
         part = todo[start : start + PAIRS_PER_SAVE]
         scores = model.score(part, max_tokens_per_step=max_tokens_per_step, on_progress=on_progress)
-        known |= {score.pair_id: score for score in _level(part, scores)}
+        known |= {score.pair_id: score for score in level_identical([item.pair for item in part], scores)}
         save()
     return [known[item.pair.id] for item in pairs if item.pair.id in known]
-
-
-def _level(pairs: Sequence[CritiquedPair], scores: Sequence[Score]) -> list[Score]:
-    """The scores, with equal rewards where both completions are the same text: a tie, whatever the rounding."""
-    same = {item.pair.id for item in pairs if item.pair.chosen.strip() == item.pair.rejected.strip()}
-    return [Score(each.pair_id, each.chosen, each.chosen) if each.pair_id in same else each for each in scores]
 
 
 def command(
@@ -208,6 +228,7 @@ def command(
         benchmark: whose sections to compute: pairs, llmbar, pandalm, rewardbench, rewardbench2, rmbench, judgebench or
             best-of-n.
         train: the arm's training pairs, as `critrm augment` wrote them; the bag-of-words baselines learn from them.
+            None may be among the test pairs.
         probe: also score the pairs with swapped, shuffled, removed, negated and flattering critiques, and with an
             instruction injected into the rejected completion: is the critique read?
         dialect: the format of the pairs; told from the columns when not given.
@@ -237,9 +258,14 @@ def command(
         augmented = augment_pairs(found.pairs, recorded)
         _show_counts(console, "pairs dropped", augmented.dropped.values())
         items = list(augmented.arms.values())[-1]  # the critic's arm; the No-Critiques arm where there is no critic
+        whole = found.pairs
     elif critiques or critic or split or source or subset or dialect != "auto":
         raise ConfigError(f"{pairs} is an arm with its critiques: give no critiques, critic or filter beside it")
+    else:
+        whole = _with_dropped(items, Path(pairs).with_name("augment.json"))
     train_items = _train_items(train, items)
+    if warning := overlap_warning([item.pair for item in train_items], [item.pair for item in items], name=pairs):
+        console.print(warning, style="yellow", markup=False, highlight=False)
     if probe and items[0].critic == NO_CRITIC:
         raise ConfigError("--probe asks whether critiques are read: give the critiques of the pairs with --critiques")
     from critrm.reward_model import RewardModel
@@ -250,6 +276,7 @@ def command(
         loaded,
         items,
         benchmark=benchmark,
+        whole=whole,
         out=out,
         allow_other_critic=allow_other_critic,
         max_tokens_per_step=max_tokens_per_step,
@@ -284,6 +311,7 @@ def _train_items(train: str, items: Sequence[CritiquedPair]) -> tuple[CritiquedP
         raise DataError("not an arm that `critrm augment` wrote", path=train)
     if _critic(found) != items[0].critic:
         raise CriticMismatch(f"--train {train} is of critic {_critic(found)!r}, the pairs are of {items[0].critic!r}")
+    _refuse_shared(found, items, path=train)
     return found
 
 
@@ -296,6 +324,18 @@ def _read_augmented(pairs: str) -> tuple[CritiquedPair, ...] | None:
     except DataError:
         return None  # read_pairs says what is wrong with it, or leaves the row out
     return tuple(read_records(pairs, CritiquedPair)) if "pair" in row else None
+
+
+def _with_dropped(items: Sequence[CritiquedPair], facts: Path) -> tuple[PreferencePair, ...]:
+    """An arm's pairs, and those that `critrm augment` dropped (`augment.json` says which) of lists that it has."""
+    pairs = {item.pair.id: item.pair for item in items}
+    dropped = next(iter(read_rows(facts)))[1].get("dropped_pairs") if facts.is_file() else None
+    of_list = {list_id(pair_id): pair for pair_id, pair in pairs.items()}
+    for pair_id in dropped or ():
+        if list_id(pair_id) in of_list:
+            # Their texts are not known, nor needed to count the list.
+            pairs.setdefault(pair_id, replace(of_list[list_id(pair_id)], id=pair_id))
+    return tuple(pairs.values())
 
 
 def _by_critic(critiques: Path | None, critic: str | None) -> dict[str, list[Critique]]:
@@ -312,7 +352,8 @@ def _by_critic(critiques: Path | None, critic: str | None) -> dict[str, list[Cri
 
 def _cuts(model: "RewardModel", items: Iterable[CritiquedPair]) -> list[str]:
     """Which segments the model will not read whole, one entry per pair and segment."""
-    encode, budget = text_encoder(model.tokenizer), Budget(model.reads.max_length)
+    # What the model puts before the prompt counts towards its length.
+    encode, budget = text_encoder(model.tokenizer), Budget(model.reads.max_length - model.n_special)
     names = ("prompt", "completion", "critique")
     cuts = (zip(names, segment_pair(item, encode, budget).n_cut, strict=True) for item in items)
     return [f"{name} cut" for each in cuts for name, n_cut in each if n_cut]

@@ -12,8 +12,13 @@ from critrm.types import SIDES
 STYLES = ("concise", "detailed", "markdown")
 """RM-Bench's three styles of each response, from the plainest to the fanciest."""
 
-# From the labels of the released files to the benchmark's domains.
+# From the labels of the hub's file, and of the released ones, to the benchmark's domains.
 _RM_DOMAINS = {
+    "chat": "chat",
+    "math": "math",
+    "code": "code",
+    "safety-refuse": "safety-refuse",
+    "safety-response": "safety-response",
     "alpacaeval": "chat",
     "bigcode/humanevalpack": "code",
     "xstest-should-respond": "safety-response",
@@ -43,9 +48,11 @@ def _rm_bench(row: Fields) -> list[Fields]:
     chosen, rejected = (_texts(row, side, n=len(STYLES)) for side in SIDES)
     label = text_field(row, "domain") if row.get("domain") else text_field(row, "subset")
     domain = _RM_DOMAINS.get(label, label)
+    # The released files number their rows each on their own.
+    own = {} if row.get("id") in (None, "") else {"id": f"{domain}-{row['id']}"}
     return [
-        {
-            "id": f"{domain}-{row.get('id')}",  # the released files number their rows each on their own
+        own
+        | {
             "prompt": prompt,
             "chosen": better,
             "rejected": worse,
@@ -93,10 +100,10 @@ def _holds_texts(value: object) -> bool:
 LIST_DIALECTS: dict[str, tuple[Callable[[Fields], bool], Callable[[Fields], list[Fields]]]] = {
     "rmb-best-of-n": (lambda row: "bon_best" in row and "loser_list" in row, _rmb_best_of_n),
     "rm-bench": (
-        # Its hub file says the domain; the released files have the same two lists of three, and no counts.
+        # Other lists may hold three of each as well: only the benchmark's own domains tell it from them.
         lambda row: (
             all(_holds_texts(row.get(side)) and len(row[side]) == len(STYLES) for side in SIDES)
-            and ("domain" in row or "subset" in row)
+            and str(row.get("domain") or row.get("subset")) in _RM_DOMAINS
             and "num_correct" not in row
         ),
         _rm_bench,

@@ -1,7 +1,8 @@
 """Contamination: prompts of the training data that are in the test data, exactly or nearly.
 
 Exact means equal letters and digits, whatever the case, punctuation and spaces. Near means that the two prompts share
-most of their sequences of three words (Jaccard similarity), found with MinHash (Broder, 1997) and then checked.
+most of their sequences of three words (Jaccard similarity), found with MinHash (Broder, 1997) and then checked. In
+scripts that put no spaces between words, such as Chinese, each letter counts as a word.
 """
 
 import re
@@ -21,6 +22,8 @@ from critrm.store import read_rows, write_records
 from critrm.types import PreferencePair
 
 SHINGLE = 3
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+"""Thai, Lao, Burmese, Khmer, Japanese kana and Chinese characters, in which words are not set apart."""
 N_HASHES = 128
 
 
@@ -73,7 +76,7 @@ def find_overlap(train: Iterable[str], test: Iterable[str], *, threshold: float 
 
 
 def _shingles(key: str) -> frozenset[str]:
-    words = key.split()
+    words = UNSPACED.sub(r" \g<0> ", key).split()
     return frozenset(" ".join(words[n : n + SHINGLE]) for n in range(max(1, len(words) - SHINGLE + 1)))
 
 

@@ -30,6 +30,7 @@ from critrm.critics import check_critic, complete_critics
 from critrm.critique import critique_with_progress
 from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
+from critrm.encoding import beginning
 from critrm.errors import DataError
 from critrm.evaluate import evaluate, read_scores
 from critrm.models import load_tokenizer
@@ -99,8 +100,8 @@ def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = Non
         write_records(run.out / "preferences" / f"{name}.jsonl", found)
         run.console.print(f"{name}: {len(found)} pairs", highlight=False)
     pairs = [pair for found in sets.values() for pair in found]
-    for critic in critics.values():
-        check_critic(critic)
+    for settings in critics.values():
+        check_critic(settings)
     with CritiqueCache(default_cache_path()) as cache:
         purse = open_purse(recipe.critique.max_cost, pairs, critics=critics, cache=cache)
     critiques = {name: _critiques(run, name, critic, pairs, purse=purse) for name, critic in critics.items()}
@@ -108,7 +109,7 @@ def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = Non
     rates = {critic: _learning_rate(run, arm) for critic, arm in augmented[TRAIN].arms.items()}
     for seed in recipe.train.seeds:
         for critic in augmented[TRAIN].arms:
-            _train_and_evaluate(run, augmented, critic, seed=seed, rate=rates[critic])
+            _train_and_evaluate(run, sets, augmented, critic, seed=seed, rate=rates[critic])
     results = _results(run, augmented, critiques, rates)
     inputs = [data_path(source.path) for source in _sources(recipe).values()]
     write_manifest(
@@ -185,7 +186,8 @@ def _critiques(
 def _augment(
     run: Run, sets: Mapping[str, Sequence[PreferencePair]], critiques: Mapping[str, Sequence[Critique]]
 ) -> dict[str, Augmented]:
-    config, encode = run.recipe.augment, text_encoder(load_tokenizer(run.recipe.train.backbone))
+    config, tokenizer = run.recipe.augment, load_tokenizer(run.recipe.train.backbone)
+    encode, budget = text_encoder(tokenizer), Budget(config.max_length - len(beginning(tokenizer)))
     augmented = {}
     for name, pairs in sets.items():
         if name != TRAIN and (warning := overlap_warning(sets[TRAIN], pairs, name=name)):
@@ -194,7 +196,7 @@ def _augment(
             pairs,
             critiques,
             encode=encode,
-            budget=Budget(config.max_length),
+            budget=budget,
             drop=config.drop,
             strip_scores=config.strip_scores,
             consistent_only=config.consistent_only and name == TRAIN,
@@ -218,7 +220,15 @@ def _learning_rate(run: Run, arm: Sequence[CritiquedPair]) -> float:
         )
 
 
-def _train_and_evaluate(run: Run, augmented: Mapping[str, Augmented], critic: str, *, seed: int, rate: float) -> None:
+def _train_and_evaluate(
+    run: Run,
+    sets: Mapping[str, Sequence[PreferencePair]],
+    augmented: Mapping[str, Augmented],
+    critic: str,
+    *,
+    seed: int,
+    rate: float,
+) -> None:
     folder = run.out / "evaluate" / file_name(critic) / f"seed-{seed}"
     config = run.recipe.train
     facts = run_facts(config, seed=seed, rate=rate, max_length=run.recipe.augment.max_length)
@@ -253,6 +263,7 @@ def _train_and_evaluate(run: Run, augmented: Mapping[str, Augmented], critic: st
             evaluate(
                 model,
                 augmented[name].arms[critic],
+                whole=sets[name],
                 benchmark=source.benchmark,
                 out=folder / name,
                 max_tokens_per_step=run.recipe.evaluate.max_tokens_per_step,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from rich.table import Table
 from rich.text import Text
 
-from critrm.benchmarks import find_benchmark
+from critrm.benchmarks import find_benchmark, level_identical
 from critrm.errors import DataError
 from critrm.metrics import Difference, correctness, holm, paired_difference, tally
 from critrm.types import NO_CRITIC, CritiquedPair, Outcome, Score, Tally
@@ -152,9 +152,15 @@ def probe(
     for name, change in probes.items():
         if on_probe:
             on_probe(name)
-        scores = model.score(change(items), max_tokens_per_step=max_tokens_per_step)
+        scores = _scored(model, change(items), max_tokens_per_step)
         outcomes[name] = {score.pair_id: score.outcome for score in scores}
     return {label: _group(members, outcomes) for label, members in _groups(items, benchmark).items()}
+
+
+def _scored(model: Scorer, items: Sequence[CritiquedPair], max_tokens_per_step: int) -> list[Score]:
+    """Scores as an evaluation counts them. An injection makes the completions differ, so these are no longer ties."""
+    scores = model.score(items, max_tokens_per_step=max_tokens_per_step)
+    return level_identical([item.pair for item in items], scores)
 
 
 def _groups(items: Sequence[CritiquedPair], benchmark: str) -> dict[str, list[str]]:
@@ -164,7 +170,9 @@ def _groups(items: Sequence[CritiquedPair], benchmark: str) -> dict[str, list[st
     parts: dict[str, list[str]] = {}
     for item in items:
         subset = table.subset_of(item.pair)
-        parts.setdefault(section_of.get(subset, subset), []).append(item.pair.id)
+        label = section_of.get(subset, subset)
+        # A subset of that name is not the group of all pairs.
+        parts.setdefault(f"{label} (subset)" if label == ALL else label, []).append(item.pair.id)
     return groups | parts if len(parts) > 1 else groups
 
 
@@ -228,7 +236,7 @@ def critic_matrix(
     lost: dict[str, dict[str, Difference | None]] = {}
     warnings = []
     for trained, model in models.items():
-        scored = {critic: model.score(items, max_tokens_per_step=max_tokens_per_step) for critic, items in arms.items()}
+        scored = {critic: _scored(model, items, max_tokens_per_step) for critic, items in arms.items()}
         rows = {critic: [score.outcome for score in scores] for critic, scores in scored.items()}
         accuracy[trained] = {critic: tally(row) for critic, row in rows.items()}
         own = rows.get(trained)

@@ -39,8 +39,8 @@ def compare_arms(
         Group -> number of pairs, whether it is `all`, a `section` or a `subset` (`kind`), and per arm: `mean` strict
         accuracy over seeds with its `std`, `half` credit for ties, the 95 % Wilson interval `low` to `high` over items
         at it, ties and unscored pairs over all seeds, and the `difference` from the No-Critiques arm (paired bootstrap
-        over items and seeds) with `p_value`, and `p_holm` adjusted over the subsets. `baselines` holds, per arm and
-        baseline, its accuracy and the `difference` of the arm from it.
+        over items and seeds) with `p_value`, and `p_holm` adjusted over the sections and subsets together.
+        `baselines` holds, per arm and baseline, its accuracy and the `difference` of the arm from it.
 
     Raises:
         DataError: an arm lacks a pair, or a baseline has another number of outcomes than there are pairs.
@@ -58,9 +58,9 @@ def compare_arms(
             critic: {name: _baseline(members, by_arm[critic], found) for name, found in each.items()}
             for critic, each in nulls.items()
         }
-    subsets = [group for label, group in groups.items() if label != ALL]
+    parts = [group for label, group in groups.items() if label != ALL]
     for critic in arms:
-        rows = [group["arms"][critic]["difference"] for group in subsets]
+        rows = [group["arms"][critic]["difference"] for group in parts]
         tested = [row for row in rows if row is not None]
         for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
             row["p_holm"] = adjusted
@@ -86,14 +86,17 @@ def _groups(pairs: Sequence[PreferencePair], benchmark: str) -> dict[str, tuple[
     table = BENCHMARKS[benchmark]
     by_subset: dict[str, list[str]] = {}
     for pair in pairs:
-        by_subset.setdefault(table.subset_name(pair.subset or pair.source), []).append(pair.id)
+        by_subset.setdefault(table.subset_of(pair), []).append(pair.id)
     groups = {ALL: (ALL, [pair.id for pair in pairs])}
     if len(by_subset) > 1:
         for section, subsets in table.sections.items():
             present = [subset for subset in subsets if subset in by_subset]
             if len(present) > 1:
                 groups[section] = ("section", [pair_id for subset in present for pair_id in by_subset[subset]])
-        groups |= {subset: ("subset", members) for subset, members in sorted(by_subset.items())}
+        for subset, members in sorted(by_subset.items()):
+            # Its name may be that of a section, or "all".
+            label = f"{subset} (subset)" if subset in groups else subset
+            groups[label] = ("subset", members)
     return groups
 
 

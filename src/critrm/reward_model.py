@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from critrm import models
 from critrm.architectures import load_classifier
@@ -31,6 +31,7 @@ from critrm.batching import (
     pack_trees,
     token_batches,
 )
+from critrm.encoding import beginning
 from critrm.errors import DataError
 from critrm.store import content_hash, from_json, write_text
 from critrm.types import NO_CRITIC, CritiquedPair, Message, Score
@@ -57,7 +58,7 @@ class RewardModel:
         """Args are a loaded classifier whose attention is packed (`load` or `from_backbone`), and what it reads."""
         self.model, self.tokenizer, self.reads, self.name = model, tokenizer, reads, name
         self._encode = text_encoder(tokenizer)
-        self._bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+        self._bos = beginning(tokenizer)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None, precision: str = "auto") -> Self:
@@ -96,6 +97,11 @@ class RewardModel:
     def critic(self) -> str:
         """The critic whose critiques it was trained on; `none` for the No-Critiques arm."""
         return self.reads.critic
+
+    @property
+    def n_special(self) -> int:
+        """How many of `max_length` tokens are not text: 1 where the tokenizer begins each sequence with a token."""
+        return len(self._bos)
 
     @property
     def scores_without_critiques(self) -> bool:
@@ -277,10 +283,6 @@ def _read_facts(name: str) -> Reads:
         found = cached_file(name, "critrm.json", _raise_exceptions_for_missing_entries=False)
         facts = Path(found) if found else facts
     return from_json(Reads, json.loads(facts.read_text(encoding="utf-8"))) if facts.is_file() else Reads()
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
 
 
 def _cast_products(model: PreTrainedModel) -> None:

@@ -9,6 +9,9 @@ from critrm.errors import ConfigError, DataError
 from critrm.metrics import section_scores, tally
 from critrm.types import EvalResult, Outcome, PreferencePair, Score
 
+NO_SUBSET = "(no subset)"
+"""The subset of pairs that name neither a subset nor a source."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
@@ -32,7 +35,7 @@ class Benchmark:
 
     def subset_of(self, pair: PreferencePair) -> str:
         """The subset that a pair is counted in: its own, else its source."""
-        return self.subset_name(pair.subset or pair.source) or "all"
+        return self.subset_name(pair.subset or pair.source) or NO_SUBSET
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -101,7 +104,8 @@ def summarise(
     A pair without a score is unscored. A benchmark that lacks pairs is called partial; its headline says which.
 
     Args:
-        pairs: the benchmark's pairs.
+        pairs: the benchmark's pairs. Where lists are counted, also those that could not be scored: a list that lacks a
+            completion is easier.
         scores: at most one per pair, in any order.
         benchmark: whose tables to use.
         model: the reward model's name, for the record.
@@ -141,6 +145,12 @@ def summarise(
         headline="; ".join([headline, *lacks]),
         headline_value=value,
     )
+
+
+def level_identical(pairs: Sequence[PreferencePair], scores: Sequence[Score]) -> list[Score]:
+    """The scores, with equal rewards where both completions are the same text: a tie, whatever the rounding."""
+    same = {pair.id for pair in pairs if pair.chosen.strip() == pair.rejected.strip()}
+    return [Score(each.pair_id, each.chosen, each.chosen) if each.pair_id in same else each for each in scores]
 
 
 def _by_id(pairs: Sequence[PreferencePair], scores: Sequence[Score]) -> dict[str, Score]:
