@@ -158,6 +158,39 @@ def test_a_window_is_kept_or_refused_under_a_backbones_own_attention(tiny_model,
         model.rewards(pack(_pairs()))
 
 
+MASK_ONLY = {
+    "Phimoe": {"sliding_window": 20, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "Qwen2Moe": {
+        "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 3, "num_experts": 2,
+        "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    },
+}  # fmt: skip
+"""They build a mask of the sliding window, and tell their attention nothing of it."""
+
+
+@pytest.mark.parametrize("name", MASK_ONLY)
+def test_a_window_that_only_the_mask_knows_is_not_exceeded(name, tiny_model, tmp_path):
+    _backbone(name, tmp_path / "backbone", tiny_model, **MASK_ONLY[name])
+    model = RewardModel.from_backbone(str(tmp_path / "backbone"), Reads(), seed=0)
+    assert model.model.config.sliding_window == 20
+    model.save(tmp_path / "model")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    short = [EncodedPair("a", [3, 4], ([5, 6] * 9, [7])), EncodedPair("b", [8] * 10, ([9], [5] * 10))]
+    with torch.no_grad():
+        torch.testing.assert_close(model.rewards(pack(short)), _separately(plain, short), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ModelError, match="window of 20 tokens.*text of 49.*--max-length"):
+        model.rewards(pack(_pairs()))
+
+
+def test_the_trial_of_a_window_leaves_the_model_as_it_was(tiny_model, tmp_path):
+    for name in ("Gemma2", "Mistral", "Qwen2"):
+        _backbone(name, tmp_path / name, tiny_model, **ARCHITECTURES[name])
+        model = RewardModel.from_backbone(str(tmp_path / name), Reads(), seed=0).model
+        assert model.config.sliding_window == WINDOW
+        noted = {vars(module).get("sliding_window") for module in model.modules()}
+        assert noted == ({None} if name == "Mistral" else {None, WINDOW})
+
+
 REFUSED = {
     # Position is told by a bias that counts places in the row.
     "Bloom": ({"n_layer": 2, "n_head": 4, "hidden_size": 32, "vocab_size": 400}, "packed rows"),

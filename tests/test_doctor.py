@@ -85,6 +85,22 @@ def test_rewards_that_depend_on_the_batch_are_a_problem(reward_model, pairs, mon
     assert found["rewards and the batch"] == "problem" and found["rewards and the order"] == "good"
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_rewards_that_are_no_numbers_are_a_problem(place, reward_model, pairs, monkeypatch):
+    rewards = RewardModel.rewards
+
+    def spoiled(self, batch):
+        found = rewards(self, batch)
+        if len(batch.groups) == 1:  # one of the two that are compared
+            found[0, place] = float("nan")
+        return found
+
+    monkeypatch.setattr(RewardModel, "rewards", spoiled)
+    findings = check_reward_model(reward_model, [CritiquedPair(pair=pair) for pair in pairs])
+    (found,) = [finding for finding in findings if finding.check == "rewards and the batch"]
+    assert found.verdict == "problem" and "4 of 8 rewards are not finite" in found.what
+
+
 def test_a_head_that_is_lost_on_disk_is_a_problem(reward_model, pairs, monkeypatch):
     save = RewardModel.save
 
@@ -141,6 +157,51 @@ def test_critics_that_miss_pairs_or_are_not_the_models_own(pairs):
     assert verdicts(check_critics(pairs, rows[:-1])) == {"critic c": "warning"}
     assert verdicts(check_critics(pairs, [replace(row, failure="timeout") for row in rows])) == {"critic c": "problem"}
     assert [finding.verdict for finding in check_critics(pairs, rows, trained_with="d")] == ["good", "problem"]
+    assert verdicts(check_critics(pairs, [replace(row, text=" ") for row in rows])) == {"critic c": "problem"}
+    halves = rows[:12] + [replace(row, critic="d") for row in rows[12:]]
+    assert verdicts(check_critics(pairs, halves)) == {
+        "critic c": "warning",
+        "critic d": "warning",
+        "critics": "problem",
+    }
+
+
+def test_a_critic_that_covers_no_pair_is_a_finding_and_the_other_checks_are_made(tiny_model, pairs, tmp_path, capsys):
+    write_records(tmp_path / "pairs.jsonl", pairs)
+    sides = ("chosen", "rejected")
+    rows = [{"pair_id": f"other-{pair.id}", "side": side, "critique": "T", "critic": "stranger"}
+            for pair in pairs for side in sides]  # fmt: skip
+    rows += [{"pair_id": pair.id, "side": side, "critique": "T", "critic": "c"} for pair in pairs for side in sides]
+    write_records(tmp_path / "critiques.jsonl", rows)
+    with pytest.raises(ConfigError, match="problems"):
+        command(
+            backbone=str(tiny_model), pairs=str(tmp_path / "pairs.jsonl"), critiques=(tmp_path / "critiques.jsonl",),
+            out=tmp_path / "findings.json", load_model=False,
+        )  # fmt: skip
+    findings = {finding["check"]: finding for finding in json.loads((tmp_path / "findings.json").read_text())}
+    assert findings["critic stranger"]["verdict"] == "problem"
+    assert "0 of 12 pairs" in findings["critic stranger"]["what"]
+    assert findings["critic c"]["verdict"] == "good"
+    assert findings["2048 tokens, critic c"]["verdict"] == "good"
+
+
+def test_a_model_is_measured_with_the_length_that_it_reads(reward_model, pairs, tmp_path, capsys):
+    write_records(tmp_path / "pairs.jsonl", pairs)
+    model = RewardModel(reward_model.model, reward_model.tokenizer, Reads(max_length=16), name="m")
+    model.save(tmp_path / "model")
+    how = {"model": tmp_path / "model", "pairs": str(tmp_path / "pairs.jsonl"), "load_model": False}
+    command(**how, out=tmp_path / "findings.json")
+    findings = json.loads((tmp_path / "findings.json").read_text())
+    assert {finding["check"] for finding in findings if "tokens, critic" in finding["check"]} == {
+        "16 tokens, critic none"
+    }
+    with pytest.raises(ConfigError, match="leave --max-length out"):
+        command(**how, max_length=2048)
+
+
+def test_critiques_without_their_pairs_are_refused(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match="give --pairs"):
+        command(backbone=str(tiny_model), critiques=(tmp_path / "critiques.jsonl",), load_model=False)
 
 
 def test_the_command(tiny_model, pairs, reward_model, tmp_path, capsys, monkeypatch):

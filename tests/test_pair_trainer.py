@@ -13,13 +13,17 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
 )
 
 from critrm import pair_trainer
 from critrm.config import TrainConfig
-from critrm.errors import ConfigError
+from critrm.errors import ConfigError, ModelError
 from critrm.pair_trainer import LanguageHead, make_trainer, scaled_warmup
 from critrm.reward_model import Reads, RewardModel
 from critrm.train import train_reward_model
@@ -55,6 +59,37 @@ def test_warmup_is_the_papers_at_its_number_of_steps_and_scaled_below():
     steps, note = scaled_warmup(config, 23)
     assert steps == 5
     assert "32 to 5" in note
+    # From three steps on, the numbers of runs that were finished before one step had to be left.
+    for n_steps in range(3, 155):
+        assert scaled_warmup(config, n_steps)[0] == min(32, max(1, round(32 * n_steps / 155)))
+    assert scaled_warmup(config, 25)[0] == 5
+
+
+def test_a_step_is_left_after_the_warmup_and_the_note_says_so():
+    for wanted in (0, 1, 32, 200):
+        for n_steps in (1, 2, 3, 20, 154, 155, 160, 1000):
+            steps, note = scaled_warmup(TrainConfig(backbone="x", warmup_steps=wanted), n_steps)
+            assert 0 <= steps < n_steps
+            assert (f"from {wanted} to {steps} steps" in note) == (steps != wanted)
+    assert scaled_warmup(TrainConfig(backbone="x"), 1) == (
+        0,
+        "warm-up scaled from 32 to 0 steps: there is 1 step, not 155",
+    )
+    note = scaled_warmup(TrainConfig(backbone="x", warmup_steps=200), 160)[1]
+    assert note == "warm-up scaled from 200 to 159 steps: there are 160 steps"
+
+
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_few_pairs_train_all_weights(n_steps, tiny_model, arm, tmp_path):
+    config = _config(tiny_model, batch_size=len(arm) // n_steps)
+    before = RewardModel.from_backbone(str(tiny_model), Reads(critic="c"), seed=0).model.state_dict()
+    result = train_reward_model(arm, config, out=tmp_path, seed=0)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rates = [row["learning_rate"] for row in log if "learning_rate" in row]
+    assert len(rates) == n_steps
+    assert rates[0] == pytest.approx(5e-3)
+    for name, tensor in load_file(result.folder / "model.safetensors").items():
+        assert not torch.equal(tensor, before[name]), name
 
 
 def test_passes_of_a_step_add_up_to_the_mean_over_its_pairs_and_fillers_do_not_count(tiny_model, arm, tmp_path):
@@ -85,13 +120,20 @@ def _language_model(kind, folder, tiny_model):
         "tied": lambda: LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)),
         "scaled": lambda: CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.25)),
         "bounded": lambda: Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=3.0)),
+        "divided": lambda: GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=4.0, tie_word_embeddings=False)),
+        "divided, tied": lambda: GraniteForCausalLM(
+            GraniteConfig(**sizes, logits_scaling=4.0, tie_word_embeddings=True)
+        ),
+        "biased": lambda: PhiForCausalLM(PhiConfig(**sizes, tie_word_embeddings=False)),
     }[kind]()
+    if kind == "biased":
+        torch.nn.init.normal_(model.lm_head.bias)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "scaled", "bounded"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "scaled", "bounded", "divided", "divided, tied", "biased"])
 def test_critiques_are_predicted_as_the_backbone_predicts_them(kind, tiny_model, arm, tmp_path):
     folder = _language_model(kind, tmp_path / "lm", tiny_model)
     config = _config(folder, lm_weight=1.0)
@@ -114,6 +156,22 @@ def test_critiques_are_predicted_as_the_backbone_predicts_them(kind, tiny_model,
         assert loss == pytest.approx(-float(torch.cat(log_likelihoods).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_logits_that_are_computed_in_an_unknown_way_are_refused(kind, tiny_model, tmp_path, monkeypatch):
+    folder = _language_model(kind, tmp_path, tiny_model)
+    model = RewardModel.from_backbone(str(folder), Reads(critic="c"), seed=0)
+    forward = LlamaForCausalLM.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    with pytest.raises(ModelError, match="LlamaForCausalLM computes its logits.*without lm_weight"):
+        LanguageHead(model, str(folder))
+
+
 def test_a_language_head_of_its_own_is_not_trained_and_a_shared_one_is(tiny_model, arm, tmp_path):
     config = _config(tiny_model, lm_weight=1.0)
     _, encoded, trainer = _trainer(tiny_model, arm, config, tmp_path)
@@ -121,7 +179,7 @@ def test_a_language_head_of_its_own_is_not_trained_and_a_shared_one_is(tiny_mode
     trainer.train()
     assert torch.equal(trainer.language_head.head.weight, before)
     tied = _language_model("tied", tmp_path / "tied", tiny_model)
-    model, _, trainer = _trainer(tied, arm, config, tmp_path)
+    model, _, trainer = _trainer(tied, arm, _config(tied, lm_weight=1.0), tmp_path)
     assert trainer.language_head.head is model.model.get_input_embeddings()
 
 

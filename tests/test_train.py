@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from critrm.config import TrainConfig
-from critrm.errors import ConfigError, DataError, ModelError
+from critrm.errors import ConfigError, DataError, ModelError, StorageError
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import write_records
 from critrm.train import command, held_out_loss, run_facts, train_reward_model
@@ -90,6 +90,34 @@ def test_a_finished_run_is_not_repeated_and_leaves_no_checkpoints(tiny_model, ar
     assert any("warm-up scaled" in note for note in manifest["notes"])
 
 
+def test_a_run_of_other_settings_over_an_old_one_leaves_nothing_that_is_not_its_own(
+    tiny_model, arm, tmp_path, monkeypatch
+):
+    old, new = _config(tiny_model, lora_rank=4), _config(tiny_model)
+    train_reward_model(arm, old, out=tmp_path)
+    expected = load_file(tmp_path / "model" / "model.safetensors")
+    save = RewardModel.save
+
+    def fill_the_disk(self, folder):
+        save(self, folder)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardModel, "save", fill_the_disk)
+        with pytest.raises(StorageError):
+            train_reward_model(arm, new, out=tmp_path)
+    # The model's folder holds the new weights, so the old run is done no more: it is trained again.
+    assert not torch.equal(
+        load_file(tmp_path / "model" / "model.safetensors")["score.weight"], expected["score.weight"]
+    )
+    train_reward_model(arm, old, out=tmp_path)
+    assert (tmp_path / "adapter").is_dir()
+    for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name])
+    train_reward_model(arm, new, out=tmp_path)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_killed_run_resumes_to_the_same_weights(tiny_model, arm, tmp_path):
     write_records(tmp_path / "arm.jsonl", arm)
     arguments = [
@@ -151,6 +179,9 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_trained(tiny_m
     unrated = [replace(item, pair=replace(item.pair, rating=None)) for item in arm]
     with pytest.raises(ConfigError, match="no pair has a rating"):
         train_reward_model(unrated, _config(tiny_model, loss="scaled"), out=tmp_path)
+    with pytest.raises(ConfigError, match="held-out pairs.*none has a rating.*keep: last"):
+        scaled = _config(tiny_model, loss="scaled", keep="best")
+        train_reward_model(arm, scaled, out=tmp_path, held_out=unrated)
     with pytest.raises(ConfigError, match="needs held-out pairs"):
         train_reward_model(arm, _config(tiny_model, keep="best"), out=tmp_path)
     with pytest.raises(DataError, match="one arm"):

@@ -3,7 +3,8 @@
 Any causal language model of transformers whose layers attend: fully, or within a sliding window. Attention is replaced
 by `attention.packed_attention` where the backbone lets that be done; elsewhere the backbone's own attention gets a mask
 of four dimensions. Each loaded model is tried on a few tokens: one that computes something else in a packed row than in
-rows of their own is refused.
+rows of their own is refused. One that keeps to its sliding window only by the mask that packed rows do without reads
+packed rows within the window, and refuses longer texts.
 
 To use a backbone's own attention where it could be replaced: `reward_model.model.set_attn_implementation("eager")`.
 """
@@ -80,6 +81,8 @@ def load_classifier(name: str, *, new_head: bool = False) -> tuple[PreTrainedMod
         model.set_attn_implementation(PACKED_ATTENTION)
     model.forward = MethodType(_packed_forward(type(model)), model)
     _try_packing(name, model)
+    if not _keeps_to_window(model):
+        model.forward = MethodType(_packed_forward(type(model), within_window=True), model)
     return model, tokenizer
 
 
@@ -121,11 +124,11 @@ def _refuse_layers(name: str, config: Any) -> None:
         )
 
 
-def _packed_forward(model_type: type[PreTrainedModel]) -> Callable[..., Any]:
+def _packed_forward(model_type: type[PreTrainedModel], *, within_window: bool = False) -> Callable[..., Any]:
     """The classifier's forward, which also takes a packed row.
 
     It replaces `forward` on the instance, so that LoRA, DDP, FSDP and autocast, which all wrap or call `forward`, work
-    on packed rows as on plain ones.
+    on packed rows as on plain ones. Asked for, packed rows with texts beyond the sliding window are refused.
     """
 
     def forward(
@@ -139,6 +142,8 @@ def _packed_forward(model_type: type[PreTrainedModel]) -> Callable[..., Any]:
     ) -> Any:
         if score_positions is None:
             return model_type.forward(self, input_ids, position_ids=position_ids, **plain)
+        if within_window:
+            _refuse_beyond_window(self, position_ids)
         if self.config._attn_implementation == PACKED_ATTENTION:
             # A mask of four dimensions is passed on as it is, so none is built: the groups say who sees whom.
             how = {"attention_mask": position_ids.new_empty(1, 1, 1, 1), "groups": tuple(groups)}
@@ -158,13 +163,7 @@ def _packed_forward(model_type: type[PreTrainedModel]) -> Callable[..., Any]:
 
 def _additive_mask(model: PreTrainedModel, groups: tuple[Group, ...], position_ids: torch.Tensor) -> torch.Tensor:
     """(1, 1, n, n) for a backbone's own attention: 0 where a token sees another, else minus infinity."""
-    window = model.config.get_text_config().to_dict().get("sliding_window")
-    longest = int(position_ids.max()) + 1
-    if window and longest > window:
-        raise ModelError(
-            f"{type(model).__name__} under its own attention would not keep to its sliding window of {window} tokens "
-            f"in a packed row, and there is a text of {longest}. Keep --max-length within it."
-        )
+    _refuse_beyond_window(model, position_ids)
     device = position_ids.device
     index = torch.arange(position_ids.shape[1], device=device)
     nothing = index.new_zeros(())
@@ -173,29 +172,70 @@ def _additive_mask(model: PreTrainedModel, groups: tuple[Group, ...], position_i
     return mask[None, None]
 
 
-@torch.no_grad()
+def _window_of(model: PreTrainedModel) -> int:
+    """How many tokens the layers that have a sliding window see; 0 where none has one."""
+    window = model.config.get_text_config().to_dict().get("sliding_window")
+    return max(int(window or 0), 0)
+
+
+def _refuse_beyond_window(model: PreTrainedModel, position_ids: torch.Tensor) -> None:
+    window, longest = _window_of(model), int(position_ids.max()) + 1
+    if window and longest > window:
+        raise ModelError(
+            f"{type(model).__name__} would not keep to its sliding window of {window} tokens in a packed row, and "
+            f"there is a text of {longest}. Keep --max-length within it."
+        )
+
+
 def _try_packing(name: str, model: Any) -> None:
     """Refuse a model that computes something else in a packed row than in rows of their own, on a few tokens."""
     if model.device.type == "meta":
         return
-    prompt, branches = (5, 7), ((11, 13, 17), (19, 23))
-    n_tokens = int(model.get_input_embeddings().weight.shape[0])
-    rows = [torch.tensor([[token % n_tokens for token in (*prompt, *branch)]]) for branch in branches]
     try:
-        packed = model(
-            torch.cat([rows[0], rows[1][:, len(prompt) :]], dim=1),
-            position_ids=torch.tensor([[0, 1, 2, 3, 4, 2, 3]]),
-            score_positions=torch.tensor([4, 6]),
-            groups=(Group(0, 2, (3, 2)),),
-        )
-        ends = torch.stack([model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -1] for row in rows])
-        apart = packed - model.score(ends).squeeze(-1)
+        same = _reads_packed_rows(model)
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name}: {type(model).__name__} cannot read packed rows ({error})") from error
-    scale = ends.norm(dim=-1).max() * model.score.weight.norm()
-    # Not-a-number passes: where FSDP loads weights on one rank, the others have none yet.
-    if bool((apart.abs() > 1e-4 * scale).any()):
+    if not same:
         raise ModelError(
             f"{name}: {type(model).__name__} gives other rewards in packed rows than in rows of their own: it reads "
             "more than attention and positions tell. Take another backbone."
         )
+
+
+def _keeps_to_window(model: Any) -> bool:
+    """Whether packed rows keep to the sliding window, tried on a few tokens with a window that is shorter still.
+
+    Some backbones tell their attention of the window, and others (PhiMoE, Qwen2-MoE) only build a mask.
+    """
+    config, window = model.config.get_text_config(), _window_of(model)
+    if not window or model.device.type == "meta" or model.config._attn_implementation != PACKED_ATTENTION:
+        return True  # without a window, without weights, or with a mask of ours that refuses such texts
+    # Layers look the window up in the config, or have noted it down.
+    holders = [config, *(module for module in model.modules() if vars(module).get("sliding_window"))]
+    windows = [holder.sliding_window for holder in holders]
+    try:
+        for holder in holders:
+            holder.sliding_window = 2
+        return _reads_packed_rows(model)
+    finally:
+        for holder, own in zip(holders, windows, strict=True):
+            holder.sliding_window = own
+
+
+@torch.no_grad()
+def _reads_packed_rows(model: Any) -> bool:
+    """Whether a few tokens get the same rewards in a packed row as in rows of their own."""
+    prompt, branches = (5, 7), ((11, 13, 17), (19, 23))
+    n_tokens = int(model.get_input_embeddings().weight.shape[0])
+    rows = [torch.tensor([[token % n_tokens for token in (*prompt, *branch)]]) for branch in branches]
+    packed = model(
+        torch.cat([rows[0], rows[1][:, len(prompt) :]], dim=1),
+        position_ids=torch.tensor([[0, 1, 2, 3, 4, 2, 3]]),
+        score_positions=torch.tensor([4, 6]),
+        groups=(Group(0, 2, (3, 2)),),
+    )
+    ends = torch.stack([model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -1] for row in rows])
+    apart = packed - model.score(ends).squeeze(-1)
+    scale = ends.norm(dim=-1).max() * model.score.weight.norm()
+    # Not-a-number passes: where FSDP loads weights on one rank, the others have none yet.
+    return not bool((apart.abs() > 1e-4 * scale).any())

@@ -6,6 +6,7 @@ that is there twice, a chat template that writes today's date, rewards that chan
 """
 
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from rich.text import Text
 
 from critrm.augment import Budget, augment_pairs, segment_pair, text_encoder
 from critrm.critique_files import read_critiques
-from critrm.errors import ConfigError
+from critrm.errors import ConfigError, DataError
 from critrm.models import load_tokenizer
 from critrm.preferences import read_pairs
 from critrm.store import write_text
@@ -170,7 +171,12 @@ def _padded_rewards(model: "RewardModel", items: Sequence[CritiquedPair]) -> _Re
 
 
 def _same(check: str, expected: _Rewards, found: _Rewards, scale: float, advice: str) -> Finding:
-    apart = max(abs(reward - found[place]) for place, reward in expected.items()) / scale
+    differences = [abs(reward - found[place]) / scale for place, reward in expected.items()]
+    n_bad = sum(not math.isfinite(difference) for difference in differences)
+    if n_bad:
+        what = f"{n_bad} of {len(differences)} rewards are not finite numbers"
+        return Finding(check, "problem", what, "The weights are damaged, or something overflows: look for NaN in them.")
+    apart = max(differences)
     if apart <= TOLERANCE:
         return Finding(check, "good", f"the same to {apart:.0e}")
     return Finding(check, "problem", f"they differ by {apart:.1e} of the largest reward", advice)
@@ -254,11 +260,12 @@ def check_lengths(
         share = n / len(arm)
         if share:
             verdict: Verdict = "warning" if share > TOO_MANY_CUT or name == "critique" else "note"
-            advice = "Raise --max-length, or ask the critic for less."
+            advice = "Train with a longer --max-length, or ask the critic for less."
             findings.append(Finding(check, verdict, f"{name} cut in {n} of {len(arm)} pairs ({share:.0%})", advice))
     if n_identical:
         what = f"{n_identical} pairs become identical when cut"
-        findings.append(Finding(check, "warning", what, "They are dropped from all arms. Raise --max-length."))
+        advice = "They are dropped from all arms. Train with a longer --max-length."
+        findings.append(Finding(check, "warning", what, advice))
     return findings or [Finding(check, "good", "nothing is cut")]
 
 
@@ -266,10 +273,12 @@ def check_critics(
     pairs: Sequence[PreferencePair], critiques: Sequence[Critique], *, trained_with: str = ""
 ) -> list[Finding]:
     """Each critic's share of the pairs, and whether it is the one that a reward model was trained with."""
-    findings = []
+    findings, covered = [], []
     for critic in sorted({row.critic for row in critiques}):
-        rows = {(row.pair_id, row.side) for row in critiques if row.critic == critic and not row.failure}
-        n_both = sum(all((pair.id, side) in rows for side in SIDES) for pair in pairs)
+        rows = _first_sample([row for row in critiques if row.critic == critic])
+        places = {(row.pair_id, row.side) for row in rows if not row.failure and row.text.strip()}
+        covered.append({pair.id for pair in pairs if all((pair.id, side) in places for side in SIDES)})
+        n_both = len(covered[-1])
         what = f"critiques of both completions for {n_both} of {len(pairs)} pairs"
         if n_both == len(pairs):
             findings.append(Finding(f"critic {critic}", "good", what))
@@ -280,7 +289,16 @@ def check_critics(
             advice = "Train and test critiques have to come from one critic (section 4.2)."
             what = f"the reward model was trained with critiques by {trained_with!r}"
             findings.append(Finding(f"critic {critic}", "problem", what, advice))
+    if all(covered) and covered and not set.intersection(*covered):
+        what = f"no pair has critiques by all {len(covered)}"
+        findings.append(Finding("critics", "problem", what, "The arms share their pairs: none would be left."))
     return findings
+
+
+def _first_sample(critiques: Sequence[Critique]) -> list[Critique]:
+    """What an arm is made of where a critic was asked several times."""
+    first = min((row.sample for row in critiques), default=0)
+    return [row for row in critiques if row.sample == first]
 
 
 def command(
@@ -289,7 +307,7 @@ def command(
     model: Path | None = None,
     pairs: str = "",
     critiques: tuple[Path, ...] = (),
-    max_length: int = 2048,
+    max_length: int | None = None,
     split: str = "",
     load_model: bool = True,
     out: Path | None = None,
@@ -301,13 +319,19 @@ def command(
         model: a reward model's folder, instead of a backbone.
         pairs: the preference pairs to be used.
         critiques: files of critiques of these pairs.
-        max_length: tokens of prompt + completion + critique that the reward model reads.
+        max_length: tokens of prompt + completion + critique that are to be read, 2048 when not given; a reward model
+            says itself how many it reads.
         split: only pairs of this split.
         load_model: also load the weights and score a few pairs; otherwise only the tokenizer is looked at.
         out: write the findings there, as JSON.
     """
     if (backbone and model) or not (backbone or model or pairs):
         raise ConfigError("name what to check: --backbone or --model, and --pairs")
+    if critiques and not pairs:
+        raise ConfigError("--critiques are looked at together with the pairs that they are of: give --pairs, too")
+    if model and max_length is not None:
+        raise ConfigError("--model says itself how many tokens it reads: leave --max-length out")
+    reads = _reads_of(model)
     name = str(model or backbone)
     found = read_pairs(pairs, split=split, skip_bad=True) if pairs else None
     rows = [row for path in critiques for row in read_critiques(path)]
@@ -322,12 +346,12 @@ def command(
             else Finding("rows", "good", f"{len(found.pairs)} pairs")
         )
         findings += check_pairs(found.pairs)
-        by_critic = {critic: [row for row in rows if row.critic == critic] for critic in {row.critic for row in rows}}
-        arms = augment_pairs(found.pairs, by_critic).arms
+        arms = _arms(found.pairs, rows)
     if name:
-        findings += _model_findings(name, arms, model=model, max_length=max_length, load_model=load_model)
+        n_read = int(reads.get("max_length") or max_length or 2048)
+        findings += _model_findings(name, arms, model=model, max_length=n_read, load_model=load_model)
     if found:
-        findings += check_critics(found.pairs, rows, trained_with=_trained_with(model))
+        findings += check_critics(found.pairs, rows, trained_with=str(reads.get("critic", "")))
     console = Console()
     console.print(findings_table(findings))
     if out is not None:
@@ -335,6 +359,18 @@ def command(
         console.print(f"Findings: {out}", soft_wrap=True, markup=False)
     if any(finding.verdict == "problem" for finding in findings):
         raise ConfigError("there are problems: see the table")
+
+
+def _arms(pairs: Sequence[PreferencePair], rows: Sequence[Critique]) -> dict[str, tuple[CritiquedPair, ...]]:
+    """The No-Critiques arm and one of each critic, each with all the pairs that the critic covers."""
+    arms = augment_pairs(pairs, {}).arms
+    for critic in sorted({row.critic for row in rows}):
+        first = _first_sample([row for row in rows if row.critic == critic])
+        try:
+            arms[critic] = augment_pairs(pairs, {critic: first}, sample=first[0].sample).arms[critic]
+        except DataError:
+            continue  # it covers no pair, which `check_critics` reports
+    return arms
 
 
 def _model_findings(
@@ -362,12 +398,13 @@ def _model_findings(
     return findings
 
 
-def _trained_with(model: Path | None) -> str:
+def _reads_of(model: Path | None) -> dict[str, Any]:
+    """What a reward model reads (`reward_model.Reads`), looked up without torch."""
     facts = model / "critrm.json" if model else None
     if not facts or not facts.is_file():
-        return ""
+        return {}
     loaded: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
-    return str(loaded.get("critic", ""))
+    return loaded
 
 
 _SAMPLE = tuple(

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from critrm import models
 from critrm.callbacks import RichProgress, TimedCheckpoints
 from critrm.config import TrainConfig
-from critrm.errors import ConfigError
+from critrm.errors import ConfigError, ModelError
 from critrm.losses import critique_loss, reward_losses
 from critrm.reward_model import RewardModel
 from critrm.training_data import EpochSampler, TrainingPair, TrainingPairs, collate
@@ -35,17 +35,23 @@ class LanguageHead:
     """
 
     def __init__(self, reward_model: RewardModel, backbone: str) -> None:
-        """Args are the model that is trained, and the name of the language model that it was made from."""
+        """Args are the model that is trained, and the name of the language model that it was made from.
+
+        Raises:
+            ModelError: the language model's logits are not what is computed here.
+        """
         model = reward_model.model
         config = model.config.get_text_config().to_dict()
-        # Cohere scales its logits, Gemma 2 bounds them; both say so in their config.
-        self.scale = float(config.get("logit_scale") or 1.0)
+        # Cohere multiplies its logits, Granite divides them, Gemma 2 bounds them; all say so in their config.
+        self.scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
         self.bound = float(config.get("final_logit_softcapping") or 0.0)
-        if config["tie_word_embeddings"]:
-            self.head: Any = model.get_input_embeddings()
-        else:
-            language_model: Any = models.load_causal_lm(backbone)
-            self.head = language_model.get_output_embeddings().requires_grad_(False)
+        self.tied = bool(config["tie_word_embeddings"])
+        language_model: Any = models.load_causal_lm(backbone)
+        own: Any = language_model.get_input_embeddings() if self.tied else language_model.get_output_embeddings()
+        self.head = own.requires_grad_(False)
+        self._compare(language_model, backbone)
+        if self.tied:
+            self.head = model.get_input_embeddings()
         self._hidden = torch.empty(0)
         # A hook, since the classifier returns rewards only.
         model.base_model.register_forward_hook(self._keep_hidden)
@@ -53,13 +59,32 @@ class LanguageHead:
     def _keep_hidden(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         self._hidden = output.last_hidden_state
 
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        head = self.head.to(hidden.device)
+        hidden = hidden.to(head.weight.dtype)
+        # An embedding is no linear map to call; a head of its own may have a bias.
+        logits: torch.Tensor = functional.linear(hidden, head.weight) if self.tied else head(hidden)
+        logits = logits * self.scale
+        return self.bound * torch.tanh(logits / self.bound) if self.bound else logits
+
+    @torch.no_grad()
+    def _compare(self, language_model: Any, backbone: str) -> None:
+        """Refuse a language model whose own logits on a few tokens are others than ours from its hidden states."""
+        n_tokens = int(language_model.get_input_embeddings().weight.shape[0])
+        ids = torch.tensor([[token % n_tokens for token in (5, 7, 11, 13, 17)]], device=language_model.device)
+        expected = language_model(input_ids=ids, use_cache=False).logits
+        found = self._logits(language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        # Not-a-number passes: where FSDP loads weights on one rank, the others have none yet.
+        if expected.shape != found.shape or bool(((found - expected).abs() > 1e-4 * expected.abs().max()).any()):
+            raise ModelError(
+                f"{backbone}: {type(language_model).__name__} computes its logits in a way that critrm does not know, "
+                "so critiques cannot be predicted as it predicts them. Train without lm_weight."
+            )
+
     def losses(self, inputs: dict[str, Any]) -> torch.Tensor:
         """(n_pairs,) losses on the critique tokens of the row that the model has just read."""
         hidden, self._hidden = self._hidden[0, inputs["critique_sources"]], torch.empty(0)
-        weight = self.head.weight.to(hidden.device)
-        logits = functional.linear(hidden.to(weight.dtype), weight) * self.scale
-        if self.bound:
-            logits = self.bound * torch.tanh(logits / self.bound)
+        logits = self._logits(hidden)
         targets = inputs["input_ids"][0, inputs["critique_tokens"]]
         return critique_loss(logits, targets, inputs["critique_pairs"], n_pairs=len(inputs["margins"]))
 
@@ -133,14 +158,17 @@ class PairTrainer(Trainer):
 
 
 def scaled_warmup(config: TrainConfig, n_steps: int) -> tuple[int, str]:
-    """The warm-up steps, scaled down with the number of steps when there are fewer than in the paper, and a note."""
-    if n_steps >= PAPER_STEPS or config.warmup_steps == 0:
-        return config.warmup_steps, ""
-    warmup = min(config.warmup_steps, max(1, round(config.warmup_steps * n_steps / PAPER_STEPS)))
-    return (
-        warmup,
-        f"warm-up scaled from {config.warmup_steps} to {warmup} steps: there are {n_steps} steps, not {PAPER_STEPS}",
-    )
+    """The warm-up steps, scaled down with the number of steps when there are fewer than in the paper, and a note.
+
+    The learning rate of the first warm-up step is 0, so at least one step comes after the warm-up.
+    """
+    wanted = config.warmup_steps
+    warmup = min(wanted, round(wanted * n_steps / PAPER_STEPS), n_steps - 1)
+    if warmup == wanted:
+        return warmup, ""
+    steps = "is 1 step" if n_steps == 1 else f"are {n_steps} steps"
+    fewer = f", not {PAPER_STEPS}" if n_steps < PAPER_STEPS else ""
+    return warmup, f"warm-up scaled from {wanted} to {warmup} steps: there {steps}{fewer}"
 
 
 def make_trainer(

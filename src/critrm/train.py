@@ -107,6 +107,7 @@ def train_reward_model(
             reward_model, config, encoded=encoded, held_out=tested, out=out, seed=seed, rate=rate, console=console
         )
         with trainer.accelerator.main_process_first():
+            _forget_last_result(out)
             checkpoint = _last_checkpoint(out, fingerprint)
         with models.quiet():
             outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -133,6 +134,12 @@ def _check(pairs: Sequence[CritiquedPair], held_out: Sequence[CritiquedPair], co
         raise ConfigError("keep: best needs held-out pairs to choose by")
     if config.loss == "scaled" and not any(margin_of(item, config.margins) for item in pairs):
         raise ConfigError("loss: scaled multiplies by the margin, and no pair has a rating or a margin")
+    chosen_by = held_out if config.keep == "best" else ()
+    if config.loss == "scaled" and chosen_by and not any(margin_of(item, config.margins) for item in chosen_by):
+        raise ConfigError(
+            "keep: best chooses by the loss on the held-out pairs, and loss: scaled is 0 on all of them: none has a "
+            "rating or a margin. Give held-out pairs with ratings, or keep: last"
+        )
 
 
 def _data_notes(
@@ -147,6 +154,12 @@ def _data_notes(
         counts = ", ".join(f"the {name} of {n}" for name, n in n_cut.items() if n)
         notes.append(f"cut to {max_length} tokens: {counts} of {len(encoded)} pairs")
     return notes
+
+
+def _forget_last_result(out: Path) -> None:
+    """Before `model` is overwritten: a run of other settings is done no more, and has left no adapter of this one."""
+    (out / "done.json").unlink(missing_ok=True)
+    shutil.rmtree(out / "adapter", ignore_errors=True)
 
 
 def _last_checkpoint(out: Path, fingerprint: str) -> str | None:
