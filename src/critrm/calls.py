@@ -1,7 +1,7 @@
 """The calls of a critique job: which are to be made, what they will cost, and making them within a limit."""
 
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,26 +73,48 @@ class Calls:
     def critique(self, reply: Reply, *, critic: str, price: Price | None) -> Critique:
         """The record of a reply."""
         index, sample, side = self.places[reply.id][0]
-        failure = reply.failure or ("" if reply.text.strip() else "empty reply")
-        n_read, n_written = float(reply.n_prompt_tokens), float(reply.n_completion_tokens)
-        if price and not n_read and not failure:
-            # An endpoint that does not report its usage still bills it.
-            n_read, n_written = n_characters(self.messages(reply.id)) / 4, len(reply.text) / 4
-        return Critique(
-            key=reply.id,
+        row = reply_record(
+            reply,
+            self.messages(reply.id),
             pair_id=self.pairs[index].id,
             side=side,
-            sample=sample,
-            text="" if failure else reply.text.strip(),
             critic=critic,
             prompt_version=self.template.version,
-            n_prompt_tokens=reply.n_prompt_tokens,
-            n_completion_tokens=reply.n_completion_tokens,
-            cost=price.cost(n_read, n_written) if price else 0.0,
-            seconds=round(reply.seconds, 3),
-            finish_reason=reply.finish_reason,
-            failure=failure,
+            price=price,
         )
+        return replace(row, sample=sample)
+
+
+def reply_record(
+    reply: Reply,
+    messages: tuple[Message, ...],
+    *,
+    pair_id: str,
+    side: Side,
+    critic: str,
+    prompt_version: str,
+    price: Price | None,
+) -> Critique:
+    """What is stored of a reply: its text or why there is none, its tokens, and what it cost."""
+    failure = reply.failure or ("" if reply.text.strip() else "empty reply")
+    n_read, n_written = float(reply.n_prompt_tokens), float(reply.n_completion_tokens)
+    if price and not n_read and not failure:
+        # An endpoint that does not report its usage still bills it.
+        n_read, n_written = n_characters(messages) / 4, len(reply.text) / 4
+    return Critique(
+        key=reply.id,
+        pair_id=pair_id,
+        side=side,
+        text="" if failure else reply.text.strip(),
+        critic=critic,
+        prompt_version=prompt_version,
+        n_prompt_tokens=reply.n_prompt_tokens,
+        n_completion_tokens=reply.n_completion_tokens,
+        cost=price.cost(n_read, n_written) if price else 0.0,
+        seconds=round(reply.seconds, 3),
+        finish_reason=reply.finish_reason,
+        failure=failure,
+    )
 
 
 async def ask_all(
@@ -104,40 +126,76 @@ async def ask_all(
     price: Price | None,
     purse: Purse | None,
 ) -> None:
-    """Make the calls, the samples one after the other, since each has its own seed.
+    """Make the calls of a job, the samples one after the other, since each has its own seed."""
+    n_later = len(todo)
+    for sample in range(calls.samples):
+        keys = [key for key in todo if calls.places[key][0][1] == sample]
+        n_later -= len(keys)
+        await ask_each(
+            keys,
+            chat,
+            messages_of=calls.messages,
+            sampling=replace(calls.sampling, seed=calls.sampling.seed + sample),
+            answered=answered,
+            price=price,
+            purse=purse,
+            n_later=n_later,
+        )
+
+
+async def ask_each(
+    keys: Iterable[str],
+    chat: Chat,
+    *,
+    messages_of: Callable[[str], tuple[Message, ...]],
+    sampling: Sampling,
+    answered: Callable[[Reply], None],
+    price: Price | None,
+    purse: Purse | None,
+    n_later: int = 0,
+) -> None:
+    """Make calls, each rendered when there is room for it.
 
     With a limit: when the most that the next call can cost is more than what is left, the calls under way are waited
     for. They mostly cost less than was set aside, so there may be room again.
+
+    Args:
+        keys: the calls.
+        chat: who is asked.
+        messages_of: what a call asks.
+        sampling: how replies are drawn.
+        answered: is given each reply.
+        price: what tokens cost.
+        purse: the limit on what may be spent.
+        n_later: calls of the job that come after these, for the message when the limit is reached.
+
+    Raises:
+        CriticError: the limit is reached, or nobody can be asked.
     """
-    n_left = len(todo)
-    for sample in range(calls.samples):
-        sampling = replace(calls.sampling, seed=calls.sampling.seed + sample)
-        pending = deque(key for key in todo if calls.places[key][0][1] == sample)
+    pending = deque(keys)
 
-        def requests(pending: deque[str] = pending) -> Iterator[ChatRequest]:
-            nonlocal n_left
-            while pending:
-                messages = calls.messages(pending[0])
-                if purse and price:
-                    most = price.cost(most_tokens(messages), calls.sampling.max_tokens)
-                    if not purse.set_aside(pending[0], most):
-                        return
-                n_left -= 1
-                yield ChatRequest(id=pending.popleft(), messages=messages)
-
+    def requests() -> Iterator[ChatRequest]:
         while pending:
-            n_before = n_left
-            replies = chat.stream(requests(), sampling)
-            try:
-                async for reply in replies:
-                    answered(reply)
-            finally:
-                if isinstance(replies, AsyncGenerator):
-                    await replies.aclose()
-            if not purse:
-                break
-            if n_left == n_before:
-                raise purse.refusal(n_left)
+            messages = messages_of(pending[0])
+            if purse and price:
+                most = price.cost(most_tokens(messages), sampling.max_tokens)
+                if not purse.set_aside(pending[0], most):
+                    return
+            yield ChatRequest(id=pending.popleft(), messages=messages)
+
+    while pending:
+        n_before = len(pending)
+        replies = chat.stream(requests(), sampling)
+        try:
+            async for reply in replies:
+                answered(reply)
+        finally:
+            if isinstance(replies, AsyncGenerator):
+                await replies.aclose()
+        if not purse:
+            break
+        if len(pending) == n_before:
+            raise purse.refusal(n_before + n_later)
 
 
 def estimate_critiques(

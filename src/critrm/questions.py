@@ -4,8 +4,8 @@ What the judge and the grader share: the calls, and the flags that say whom to c
 """
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from critrm.budget import Ledger, Price, Purse, most_tokens, n_characters
+from critrm.budget import Ledger, Price, Purse
+from critrm.calls import ask_each, reply_record
 from critrm.config import CriticConfig, validated
 from critrm.critics import complete_critic, load_critics, no_price, price_of
 from critrm.critique_cache import MAYBE_BILLED, CritiqueCache
 from critrm.errors import ConfigError, CriticError
-from critrm.llm import Chat, ChatRequest, Reply, Sampling
+from critrm.llm import Chat, Reply, Sampling
 from critrm.store import content_hash
 from critrm.types import Critique, Message, Side
 
@@ -100,14 +101,33 @@ def ask(
     todo = {key: question for key, question in distinct.items() if key not in found}
 
     def answered(reply: Reply) -> None:
-        answer = _answer(reply, todo[reply.id], asked=asked, price=price)
+        question = todo[reply.id]
+        answer = reply_record(
+            reply,
+            question.messages,
+            pair_id=question.pair_id,
+            side=question.side,
+            critic=asked,
+            prompt_version=question.template_version,
+            price=price,
+        )
         cache.put(answer)
         if purse:
             purse.settle(reply.id, answer.cost, unsure=answer.failure.startswith(MAYBE_BILLED))
         receive(answer, cached=False)
 
     if todo:
-        asyncio.run(_ask_all(todo, chat, sampling=sampling, answered=answered, price=price, purse=purse))
+        asyncio.run(
+            ask_each(
+                todo,
+                chat,
+                messages_of=lambda key: todo[key].messages,
+                sampling=sampling,
+                answered=answered,
+                price=price,
+                purse=purse,
+            )
+        )
     if missing := len(distinct) - len(found):
         raise CriticError(f"{chat.model} left {missing} calls without a reply. Run the same command again.")
     return [
@@ -122,64 +142,6 @@ def _key(question: Question, model: str, sampling: Sampling) -> str:
     facts = [float(sampling.temperature), float(sampling.top_p), sampling.max_tokens, sampling.seed]
     texts = [[message.role, message.content] for message in question.messages]
     return content_hash(model, facts, question.template_version, texts)
-
-
-def _answer(reply: Reply, question: Question, *, asked: str, price: Price | None) -> Critique:
-    failure = reply.failure or ("" if reply.text.strip() else "empty reply")
-    n_read, n_written = float(reply.n_prompt_tokens), float(reply.n_completion_tokens)
-    if price and not n_read and not failure:
-        # An endpoint that does not report its usage still bills it.
-        n_read, n_written = n_characters(question.messages) / 4, len(reply.text) / 4
-    return Critique(
-        key=reply.id,
-        pair_id=question.pair_id,
-        side=question.side,
-        text="" if failure else reply.text.strip(),
-        critic=asked,
-        prompt_version=question.template_version,
-        n_prompt_tokens=reply.n_prompt_tokens,
-        n_completion_tokens=reply.n_completion_tokens,
-        cost=price.cost(n_read, n_written) if price else 0.0,
-        seconds=round(reply.seconds, 3),
-        finish_reason=reply.finish_reason,
-        failure=failure,
-    )
-
-
-async def _ask_all(
-    todo: Mapping[str, Question],
-    chat: Chat,
-    *,
-    sampling: Sampling,
-    answered: Callable[[Reply], None],
-    price: Price | None,
-    purse: Purse | None,
-) -> None:
-    """Make the calls; with a limit, in rounds, since what calls under way did not use up makes room for more."""
-    pending = deque(todo)
-
-    def requests() -> Iterator[ChatRequest]:
-        while pending:
-            messages = todo[pending[0]].messages
-            if purse and price:
-                most = price.cost(most_tokens(messages), sampling.max_tokens)
-                if not purse.set_aside(pending[0], most):
-                    return
-            yield ChatRequest(id=pending.popleft(), messages=messages)
-
-    while pending:
-        n_before = len(pending)
-        replies = chat.stream(requests(), sampling)
-        try:
-            async for reply in replies:
-                answered(reply)
-        finally:
-            if isinstance(replies, AsyncGenerator):
-                await replies.aclose()
-        if not purse:
-            break
-        if len(pending) == n_before:
-            raise purse.refusal(n_before)
 
 
 def progress(console: Console) -> Progress:
