@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machine import matmul_rate
+
 SOURCE = Path(__file__).parents[1] / "src"
 SIDES = {
     "critrm": "critrm",
@@ -132,20 +134,6 @@ def read_tokens(task: dict[str, Any]) -> list[dict[str, list[int]]]:
 
 
 # What a run comes to
-
-
-def matmul_rate(precision: str, *, device: str, size: int = 2048) -> float:
-    """Operations per second of a large matrix product: the best of a few."""
-    import torch
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        started = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
 
 
 def necessary_operations(task: dict[str, Any], *, shared: bool) -> tuple[int, float]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from critrm.budget import Ledger, Price, Purse
-from critrm.critique_cache import MAYBE_BILLED, CritiqueCache
+from critrm.budget import MAYBE_BILLED, Ledger, Price, Purse
+from critrm.critique_cache import CritiqueCache
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import ChatRequest, Reply, Sampling, ScriptedChat
 from critrm.questions import ModelFlags, Question, ask

@@ -19,6 +19,8 @@ FRAME_TOKENS = 64
 """More than any chat format puts around a message."""
 N_COUNTED = 200
 """Prompts whose tokens are counted for an estimate; the others are taken to be like them."""
+MAYBE_BILLED = ("timeout", "connection failed", "invalid JSON")
+"""Failures of calls that a provider may bill for: the answer only did not get here."""
 ROUNDING = 1e-9
 """US dollars."""
 

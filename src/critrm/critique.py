@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from critrm.budget import Ledger, Price, Purse, critiques_table, estimates_table
+from critrm.budget import MAYBE_BILLED, Ledger, Price, Purse, critiques_table, estimates_table
 from critrm.calls import Calls, ask_all, estimate_critiques
 from critrm.config import CriticConfig, validated
 from critrm.critics import (
@@ -27,7 +27,7 @@ from critrm.critics import (
     price_of,
     sampling_of,
 )
-from critrm.critique_cache import MAYBE_BILLED, CritiqueCache, default_cache_path
+from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import Chat, Reply, Sampling
 from critrm.preferences import read_pairs

@@ -24,8 +24,6 @@ from critrm.types import Critique
 SECONDS_TO_DISK = 5.0
 """The most that a power cut can take: SQLite's log is forced onto the disk this often."""
 
-MAYBE_BILLED = ("timeout", "connection failed", "invalid JSON")
-"""Failures of calls that a provider may bill for: the answer only did not get here."""
 
 PUT = """
 INSERT INTO critiques VALUES (?, ?)

@@ -13,11 +13,11 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from critrm.budget import Ledger, Price, Purse
+from critrm.budget import MAYBE_BILLED, Ledger, Price, Purse
 from critrm.calls import ask_each, reply_record
 from critrm.config import CriticConfig, validated
 from critrm.critics import complete_critic, load_critics, no_price, price_of
-from critrm.critique_cache import MAYBE_BILLED, CritiqueCache
+from critrm.critique_cache import CritiqueCache
 from critrm.errors import ConfigError, CriticError
 from critrm.llm import Chat, Reply, Sampling
 from critrm.store import content_hash
