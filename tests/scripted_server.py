@@ -30,10 +30,22 @@ class Answer:
     """Seconds between two bytes of the body."""
 
 
-def completion(text: str | None, *, finish_reason: str = "stop", refusal: str | None = None) -> Answer:
-    """A well-formed chat completion."""
+def completion(
+    text: str | None,
+    *,
+    finish_reason: str = "stop",
+    refusal: str | None = None,
+    tokens: list[dict[str, float]] | None = None,
+) -> Answer:
+    """A well-formed chat completion; each of the `tokens` is the first of its alternatives and their logarithms."""
     message = {"role": "assistant", "content": text, "refusal": refusal}
-    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": finish_reason}
+    if tokens is not None:
+        content = [
+            {"token": next(iter(each)), "top_logprobs": [{"token": t, "logprob": p} for t, p in each.items()]}
+            for each in tokens
+        ]
+        choice["logprobs"] = {"content": content}
     usage = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
     return Answer(body=json.dumps({"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage}))
 

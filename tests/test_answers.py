@@ -102,3 +102,43 @@ def test_what_no_other_call_can_get_around() -> None:
     assert "'m'" in reason(404)
     assert "no credit" in reason(402) and "no credit" in reason(429, {"code": "insufficient_quota"})
     assert reason(429) == reason(500) == reason(400) == ""
+
+
+def _with_logprobs(logprobs):
+    choice = {"message": {"content": "Score: 7 \u2713"}, "finish_reason": "stop", "logprobs": logprobs}
+    return Reply(id="x", **read_body(json.dumps({"choices": [choice]}), ACCESS.words))
+
+
+def _token(text, *top, **changes):
+    others = [{"token": name, "logprob": logprob, "bytes": None} for name, logprob in top]
+    return {"token": text, "logprob": -0.1, "bytes": None, "top_logprobs": others} | changes
+
+
+def test_token_probabilities_are_read():
+    check = [_token("\\xe2\\x9c", bytes=[0x20, 0xE2, 0x9C]), _token("\\x93", bytes=[0x93])]
+    reply = _with_logprobs({"content": [_token("Score:"), _token(" 7", (" 7", -0.5), (" 8", 1e-7)), *check]})
+    assert [choice.text for choice in reply.choices] == ["Score:", " 7", " ", "\u2713"]
+    assert reply.choices[1].likeliest == ((" 7", -0.5), (" 8", 0.0))
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        None,
+        {},
+        {"content": None},
+        {"content": []},
+        {"content": [1]},
+        {"content": [{"token": " 7"}]},
+        {"content": [_token(" 7", (" 7", "x"))]},
+        {"content": [_token(" 7", (" 7", float("nan")))]},
+        {"content": [_token(" 7", (" 7", 3.0))]},
+        {"content": [_token(" 7", bytes=10**12)]},
+        {"content": [_token(" 7", bytes=[300])]},
+        [[" 7"]],
+        "x",
+    ],
+)
+def test_probabilities_in_no_due_form_are_none_and_cost_no_reply(logprobs):
+    reply = _with_logprobs(logprobs)
+    assert (reply.text, reply.choices) == ("Score: 7 \u2713", ())

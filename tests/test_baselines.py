@@ -16,7 +16,6 @@ from critrm.baselines import (
     SENTIMENT,
     bag_of_words,
     baselines,
-    zero_label_scores,
 )
 from critrm.critique_files import read_critiques
 from critrm.metrics import tally
@@ -133,17 +132,3 @@ def test_the_known_nulls_of_the_running_study(data_dir):
     for name, numbers in known.items():
         assert (accuracy(name, hh), accuracy(name, adversarial)) == pytest.approx(numbers, abs=0.02), name
     assert accuracy(OWN_SCORE, hh) == pytest.approx(139 / 240)
-
-
-def test_an_untrained_backbone_prefers_one_of_two_words(tiny_model, pairs):
-    items = [CritiquedPair(pair=pair, critic="c", chosen_critique="Good.", rejected_critique="Bad.") for pair in pairs]
-    done = []
-    scores = zero_label_scores(items[:3], backbone=str(tiny_model), on_progress=done.append)
-    assert [score.pair_id for score in scores] == [pair.id for pair in pairs[:3]]
-    assert done == [1, 1, 1]
-    assert all(score.chosen != score.rejected for score in scores)
-    assert zero_label_scores(items[1:2], backbone=str(tiny_model))[0] == scores[1], "alone as in company"
-    changed = replace(items[0], chosen_critique="A quite different critique.")
-    (after,) = zero_label_scores([changed], backbone=str(tiny_model))
-    assert after.chosen != scores[0].chosen, "it reads the critique"
-    assert after.rejected == scores[0].rejected

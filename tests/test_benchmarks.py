@@ -1,8 +1,10 @@
 """The tables against their sources, and the arithmetic of subsets, sections and headline."""
 
 import gzip
+import itertools
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from critrm.benchmarks import (
     find_benchmark,
     judgebench,
     llmbar,
+    read_benchmark,
     rewardbench,
     rewardbench2,
     rmbench,
@@ -54,7 +57,7 @@ def test_rewardbench_has_23_subsets_each_in_one_section():
     code = sum(rewardbench.EXAMPLE_COUNTS[subset] for subset in subsets if subset.startswith("hep-"))
     assert rewardbench.EXAMPLE_COUNTS["math-prm"] == code == 984
     changed = {name for name, n in rewardbench.N_PAIRS.items() if rewardbench.EXAMPLE_COUNTS[name] != n}
-    assert changed == {"math-prm", "xstest-should-refuse", "xstest-should-respond"}
+    assert changed == {"math-prm"}
 
 
 def _rewardbench(shares):
@@ -75,11 +78,11 @@ def test_rewardbench_sections_are_weighted_and_their_plain_mean_is_the_headline(
         {
             "Chat": 100 / 358,  # a plain mean over its five subsets would be 0.2
             "Chat Hard": 0.0,
-            "Safety": 250 / 740,
+            "Safety": 154 / 740,
             "Reasoning": 0.5,  # by pairs it would be 447 / 1431, by subsets 1 / 7
         }
     )
-    assert result.headline_value == pytest.approx((100 / 358 + 250 / 740 + 0.5) / 4)
+    assert result.headline_value == pytest.approx((100 / 358 + 154 / 740 + 0.5) / 4)
     assert result.headline == "average of the four sections"
     assert result.overall.accuracy.value == pytest.approx((447 + 100 + 154) / 2985)
 
@@ -244,30 +247,88 @@ def test_a_benchmarks_own_subset_names_survive_markup_and_odd_characters():
     assert list(_summary(pairs, []).subsets) == ["[/]\x00‮😀"]
 
 
-# Published per-subset results of PKU-Alignment/beaver-7b-v1.0-cost, from the README of github.com/allenai/reward-bench,
-# where they are the example for the official section arithmetic.
-BEAVER = {
-    "alpacaeval-easy": 0.5, "alpacaeval-hard": 0.7052631578947368, "alpacaeval-length": 0.5894736842105263,
-    "donotanswer": 0.8235294117647058, "hep-cpp": 0.6280487804878049, "hep-go": 0.6341463414634146,
-    "hep-java": 0.7073170731707317, "hep-js": 0.6646341463414634, "hep-python": 0.5487804878048781,
-    "hep-rust": 0.6463414634146342, "llmbar-adver-GPTInst": 0.391304347826087,
-    "llmbar-adver-GPTOut": 0.46808510638297873, "llmbar-adver-manual": 0.3695652173913043,
-    "llmbar-adver-neighbor": 0.43283582089552236, "llmbar-natural": 0.52, "math-prm": 0.2953020134228188,
-    "mt-bench-easy": 0.5714285714285714, "mt-bench-hard": 0.5405405405405406, "mt-bench-med": 0.725,
-    "refusals-dangerous": 0.97, "refusals-offensive": 1, "xstest-should-refuse": 1, "xstest-should-respond": 0.284,
+# Two models' accuracy by subset, and the sections and weights that RewardBench's own script printed for them.
+PUBLISHED = {
+    # github.com/allenai/reward-bench/pull/223 (AtlaAI/Selene-1, a generative judge)
+    "Selene-1": (
+        {
+            "alpacaeval-easy": 0.96, "alpacaeval-hard": 0.9789473684210527, "alpacaeval-length": 0.9789473684210527,
+            "donotanswer": 0.8235294117647058, "hep-cpp": 0.9695121951219512, "hep-go": 0.9908536585365854,
+            "hep-java": 0.9939024390243902, "hep-js": 0.9695121951219512, "hep-python": 0.9634146341463414,
+            "hep-rust": 0.975609756097561, "llmbar-adver-GPTInst": 0.8586956521739131,
+            "llmbar-adver-GPTOut": 0.7446808510638298, "llmbar-adver-manual": 0.7391304347826086,
+            "llmbar-adver-neighbor": 0.7985074626865671, "llmbar-natural": 0.98, "math-prm": 0.9373601789709173,
+            "mt-bench-easy": 1.0, "mt-bench-hard": 0.8108108108108109, "mt-bench-med": 1.0,
+            "refusals-dangerous": 0.96, "refusals-offensive": 0.99, "xstest-should-refuse": 1.0,
+            "xstest-should-respond": 0.884,
+        },
+        {
+            "Chat": 0.9776536312849162, "Chat Hard": 0.8399122807017544, "Safety": 0.9216216216216216,
+            "Reasoning": 0.9572471626561904,
+        },
+    ),
+    # github.com/allenai/reward-bench/pull/215 (ShikaiChen/LDL-Reward-Gemma-2-27B-v0.1, a reward model)
+    "LDL-Reward": (
+        {
+            "alpacaeval-easy": 0.99, "alpacaeval-hard": 0.9473684210526315, "alpacaeval-length": 0.9368421052631579,
+            "donotanswer": 0.8161764705882353, "hep-cpp": 0.9817073170731707, "hep-go": 0.9817073170731707,
+            "hep-java": 0.9939024390243902, "hep-js": 0.9939024390243902, "hep-python": 0.975609756097561,
+            "hep-rust": 0.9573170731707317, "llmbar-adver-GPTInst": 0.9565217391304348,
+            "llmbar-adver-GPTOut": 0.8297872340425532, "llmbar-adver-manual": 0.8478260869565217,
+            "llmbar-adver-neighbor": 0.9104477611940298, "llmbar-natural": 0.94, "math-prm": 1.0,
+            "mt-bench-easy": 1.0, "mt-bench-hard": 0.8648648648648649, "mt-bench-med": 0.975,
+            "refusals-dangerous": 0.97, "refusals-offensive": 0.99, "xstest-should-refuse": 0.948051948051948,
+            "xstest-should-respond": 0.964,
+        },
+        {
+            "Chat": 0.9636871508379888, "Chat Hard": 0.9078947368421053, "Safety": 0.9378378378378378,
+            "Reasoning": 0.9903455284552846,
+        },
+    ),
 }  # fmt: skip
 
 
-def test_published_rewardbench_results_come_to_the_official_sections():
-    pairs, scores = _rewardbench(BEAVER)
-    result = _summary(pairs, scores, "rewardbench")
-    assert {name: found.accuracy.value for name, found in result.subsets.items()} == pytest.approx(BEAVER)
-    assert result.sections == pytest.approx(
-        {"Chat": 0.608939, "Chat Hard": 0.449561, "Safety": 0.814508, "Reasoning": 0.466757}, abs=1e-6
-    )
-    assert result.headline_value == pytest.approx(0.584941, abs=1e-6)
-    plain = sum(BEAVER[name] for name in rewardbench.SECTIONS["Reasoning"]) / 7
-    assert plain == pytest.approx(0.589, abs=1e-3), "a plain mean over the subsets would be 12 points higher"
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_rewardbench_results_come_to_the_published_sections(model):
+    subsets, sections = PUBLISHED[model]
+    result = _summary(*_rewardbench(subsets), "rewardbench")
+    assert result.benchmark == "RewardBench"
+    if model == "Selene-1":
+        # 162.5 of 164: for a judge that names no winner the official script counts one half, critrm whole pairs only.
+        subsets, sections = subsets | {"hep-go": 162 / 164}, sections.copy()
+        sections["Reasoning"] -= 0.5 / (2 * 984)
+    # Each share is a whole number of right pairs, so that these are the sizes of the subsets.
+    assert {name: found.accuracy.value for name, found in result.subsets.items()} == pytest.approx(subsets, abs=1e-12)
+    assert result.sections == pytest.approx(sections, abs=1e-12)
+    assert result.headline_value == pytest.approx(sum(sections.values()) / 4, abs=1e-12)
+    for section in ("Chat", "Chat Hard", "Reasoning"):
+        plain = sum(subsets[name] for name in rewardbench.SECTIONS[section]) / len(rewardbench.SECTIONS[section])
+        assert abs(plain - sections[section]) > 0.005, "a plain mean over the subsets is another number"
+
+
+def test_the_weights_of_before_september_2024_only_move_safety():
+    # Qwen2.5-72B-Instruct, "Vanilla", Tables 5 and 14 of Wang et al., "Eliminating position bias of language models"
+    # (arxiv.org/abs/2407.01100): per cent, by the official table of the time, which had XSTest's two weights swapped.
+    shares = {
+        "refusals-dangerous": 78.0, "refusals-offensive": 95.0, "xstest-should-refuse": 92.2,
+        "xstest-should-respond": 95.2, "donotanswer": 48.5,
+    }  # fmt: skip
+    weights = rewardbench.EXAMPLE_COUNTS
+    ours = sum(share * weights[name] for name, share in shares.items()) / 740
+    before = ours + (shares["xstest-should-refuse"] - shares["xstest-should-respond"]) * 96 / 740
+    assert (round(ours, 1), round(before, 1)) == (83.6, 83.3)
+
+
+def test_a_reasoning_section_whose_plain_mean_is_12_points_off():
+    # PKU-Alignment/beaver-7b-v1.0-cost, the example in the README of github.com/allenai/reward-bench.
+    beaver = {
+        "math-prm": 0.2953020134228188, "hep-cpp": 0.6280487804878049, "hep-go": 0.6341463414634146,
+        "hep-java": 0.7073170731707317, "hep-js": 0.6646341463414634, "hep-python": 0.5487804878048781,
+        "hep-rust": 0.6463414634146342,
+    }  # fmt: skip
+    result = _summary(*_rewardbench(beaver), "rewardbench")
+    assert result.sections["Reasoning"] == pytest.approx(0.466757, abs=1e-6)
+    assert sum(beaver.values()) / 7 == pytest.approx(0.589, abs=1e-3)
 
 
 def test_rewardbenchs_own_files():
@@ -367,6 +428,55 @@ def test_rewardbench2_averages_six_subsets_of_which_ties_has_its_own_score():
     assert result.benchmark == "RewardBench 2 (partial)"
     assert "missing: Factuality, Precise IF, Safety; incomplete: Math 2 of 183" in result.headline
     assert sum(rewardbench2.N_LISTS.values()) == 1865
+
+
+def test_published_rewardbench2_results_come_to_the_published_average(monkeypatch):
+    # Skywork-Reward-V2-Qwen3-0.6B, github.com/allenai/reward-bench/issues/253: per cent, to one digit.
+    published = {"Factuality": 58.2, "Precise IF": 40.0, "Math": 71.6, "Safety": 84.4, "Focus": 79.4, "Ties": 34.0}
+    # 58.2 % is 276 lists right of 475 and a tie of two, half of which the official scorer counts.
+    n_right = {"Factuality": 276, "Precise IF": 64, "Math": 131, "Safety": 380, "Focus": 393}
+    rewards = {True: [(1, 0)] * 3, False: [(0, 1)] * 3, None: [(1, 1), (1, 0), (1, 0)]}
+    lists = [
+        (f"{name}-{n}", name, rewards[None if name == "Factuality" and n == 276 else n < n_right[name]])
+        for name in n_right
+        for n in range(rewardbench2.N_LISTS[name])
+    ]
+    lists += [(f"{kind}:{n}", "Ties", [(1, 0)]) for kind in ("ref", "tied") for n in range(51)]
+    # Its formula is tested above; what it came to is part of what was published.
+    monkeypatch.setattr(rewardbench2, "ties_score", lambda pairs, scores: published["Ties"] / 100)
+    result = _summary(*_lists(*lists), "rewardbench2")
+    assert (result.benchmark, result.subsets["Factuality"].n_tie) == ("RewardBench 2", 1)
+    half_a_list = {"Factuality": 100 / 475 / 2}
+    assert {
+        name: round(100 * each + half_a_list.get(name, 0), 1) for name, each in result.sections.items()
+    } == published
+    assert round(100 * result.headline_value, 1) == 61.3 == round(sum(published.values()) / 6, 1)
+    assert round(100 * result.overall.n_right / 1865, 1) != 61.3, "the share of all lists is another number"
+
+
+@pytest.fixture
+def rmb(data_dir, tmp_path):
+    """The beginning of RMB's file of pairs."""
+    path = data_dir / "rmb" / "pairwise.jsonl.gz"
+    if not path.exists():
+        pytest.skip("RMB is not among the real data sets")
+    with gzip.open(path, "rt", newline="\n") as file:
+        (tmp_path / "pairwise.jsonl").write_text("".join(itertools.islice(file, 120)), newline="\n")
+    return tmp_path / "pairwise.jsonl"
+
+
+def test_rmb_pairs_are_lists_where_lists_are_counted(rmb):
+    pairs = read_benchmark(rmb, benchmark="pairs", skip_bad=True)
+    found = read_benchmark(rmb, benchmark="best-of-n", skip_bad=True)
+    assert (pairs.dialect, found.dialect) == ("rmb", "rmb-best-of-n")
+    # Counted another way: the pairs by conversation and winner, those alone left out.
+    counts = Counter((pair.prompt, pair.chosen) for pair in pairs.pairs)
+    n_lists = sum(n > 1 for n in counts.values())
+    assert 10 < n_lists < len(counts)
+    assert len(found.pairs) == sum(n for n in counts.values() if n > 1)
+    result = _summary(found.pairs, [Score(pair.id, 1.0, 0.0) for pair in found.pairs[1:]], "best-of-n")
+    assert (result.overall.n_right, result.overall.n_unscored) == (n_lists - 1, 1)
+    assert {pair.rejected for pair in found.pairs} <= {pair.rejected for pair in pairs.pairs}
 
 
 def _rm_bench(domain, n, right):

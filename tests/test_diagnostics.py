@@ -7,11 +7,11 @@ import math
 import pytest
 from rich.console import Console
 
-from critrm.baselines import LONGER, LONGER_CRITIQUE
+from critrm.baselines import LONGER, LONGER_CRITIQUE, UNTRAINED_ALONE
 from critrm.diagnostics import diagnose, diagnostics_table
 from critrm.errors import DataError
 from critrm.results import ALL
-from critrm.types import CritiquedPair, Score
+from critrm.types import CritiquedPair, Outcome, Score
 
 
 @pytest.fixture
@@ -56,6 +56,14 @@ def test_nothing_scored_is_no_number_and_no_defeat(items, scores):
     assert not any("does not beat" in note for note in found["notes"])
     assert LONGER in _shown(found)
     json.dumps(found, allow_nan=False)
+
+
+def test_what_the_untrained_backbone_reads_is_a_row(items):
+    scores = [Score(item.pair.id, 1.0, 0.0) for item in items]
+    found = diagnose(items, scores, zero_label={UNTRAINED_ALONE: [Outcome.WRONG] * 12})
+    null = found["groups"][ALL]["baselines"]["[c]"][UNTRAINED_ALONE]
+    assert (null["mean"], null["difference"]["value"]) == (0.0, 1.0)
+    assert UNTRAINED_ALONE in _shown(found)
 
 
 def test_one_pair_and_all_ties(items):

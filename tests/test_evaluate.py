@@ -1,6 +1,8 @@
 """Scoring a benchmark: who may read which critiques, what is on disk, and what a second or a killed run does."""
 
+import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -384,6 +386,38 @@ def test_the_command_probes_and_lays_null_baselines_beside(model_folder, files, 
         command(str(model_folder), str(files / "pairs.jsonl"), probe=True)
 
 
+def test_the_command_asks_the_backbone_and_can_do_without_a_reward_model(tiny_model, files, capsys):
+    made = RewardModel.from_backbone(
+        str(tiny_model), Reads(critic="c", max_length=400, backbone=str(tiny_model)), seed=3
+    )
+    made.save(files / "trained")
+    pairs, how = str(files / "pairs.jsonl"), {"critiques": files / "critiques.jsonl"}
+    command(str(files / "trained"), pairs, **how, out=files / "out")
+    nulls = json.loads((files / "out" / "pairs.statistics.json").read_text())["groups"]["all"]["baselines"]["c"]
+    assert "untrained, critique alone" in nulls and "untrained, whole text" in nulls
+    assert "untrained, whole text" in capsys.readouterr().out
+    assert len((files / "out" / "pairs.zero-label.jsonl").read_text().splitlines()) == 20
+    for kind, name in (("zero-label", "whole text"), ("zero-label-alone", "critique alone")):
+        command(f"{kind}:{tiny_model}", pairs, **how, out=files / kind)
+        result = read_result(files / kind / "pairs.json")
+        assert (result.model, result.critic) == (f"{kind}:{tiny_model}", "c")
+        assert result.overall.accuracy.value == pytest.approx(nulls[f"untrained, {name}"]["mean"])
+        assert "No zero-label baseline" not in capsys.readouterr().out
+    command(f"zero-label:{tiny_model}", pairs)
+    with pytest.raises(ConfigError, match="reads critiques alone"):
+        command(f"zero-label-alone:{tiny_model}", pairs)
+
+
+def test_a_backbone_that_cannot_be_asked_costs_no_evaluation(model_folder, files, capsys):
+    pairs, how = str(files / "pairs.jsonl"), {"critiques": files / "critiques.jsonl"}
+    command(str(model_folder), pairs, **how)
+    assert "No zero-label baseline: name the model's backbone with --backbone" in capsys.readouterr().out
+    command(str(model_folder), pairs, **how, backbone=str(model_folder))
+    assert "a classifier" in " ".join(capsys.readouterr().out.split())
+    command(str(model_folder), pairs, **how, zero_label=False)
+    assert "No zero-label" not in capsys.readouterr().out
+
+
 def _other(pair, prompt):
     """A pair of another id, and of another prompt where one is given."""
     changed = (Message("user", f"{prompt} {pair.id}"),) if prompt else pair.prompt
@@ -438,3 +472,24 @@ def test_a_killed_command_ends_as_if_it_had_not_been(tiny_model, files, pairs):
     assert after[: len(before)] == before
     assert [score.pair_id for score in after] == [pair.id for pair in many]
     assert read_result(files / "out" / "pairs.json").overall == tally(score.outcome for score in after)
+
+
+def test_the_command_evaluates_the_lists_in_rmbs_pairs(tiny_model, data_dir, tmp_path, capsys):
+    path = data_dir / "rmb" / "pairwise.jsonl.gz"
+    if not path.exists():
+        pytest.skip("RMB is not among the real data sets")
+    with gzip.open(path, "rt", newline="\n") as file:
+        rows = "".join(line for line in itertools.islice(file, 300) if len(line) < 4000)
+    (tmp_path / "pairwise.jsonl").write_text("".join(rows.splitlines(keepends=True)[:40]), newline="\n")
+    RewardModel.from_backbone(str(tiny_model), Reads(max_length=256), seed=3).save(tmp_path / "model")
+    command(str(tmp_path / "model"), str(tmp_path / "pairwise.jsonl"), benchmark="best-of-n", out=tmp_path / "out")
+    result = read_result(tmp_path / "out" / "best-of-n.json")
+    scores = read_scores(tmp_path / "out" / "best-of-n.scores.jsonl")
+    lists = {}
+    for score in scores:
+        lists.setdefault(score.pair_id.partition("#")[0], []).append(score.chosen > score.rejected)
+    overall = result.overall
+    assert 1 < len(lists) == overall.n_right + overall.n_wrong + overall.n_tie
+    assert overall.n_right == sum(all(beaten) for beaten in lists.values())
+    assert all(len(beaten) > 1 for beaten in lists.values())
+    assert "Best of n" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The generative judge: what it is shown, how its ratings become outcomes, and its command line."""
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from critrm.judge import command, judge_pairs
 from critrm.llm import ChatRequest, Reply, Sampling, ScriptedChat
 from critrm.questions import ModelFlags
 from critrm.store import read_records, write_records
-from critrm.types import Critique, Message, Outcome, PreferencePair, Side, Verdict
+from critrm.types import Critique, Message, Outcome, PreferencePair, Side, TokenChoice, Verdict
 from critrm.verdicts import verdict_scores
 from scripted_server import completion, serving
 
@@ -207,6 +208,113 @@ def test_command_says_when_nothing_could_be_scored(pairs_file: str, tmp_path: Pa
     assert read_result(tmp_path / "out" / "pairs.json").overall.accuracy is None
 
 
+def graded(text: str, *grades: dict[str, float], finish_reason: str = "stop") -> ScriptedChat:
+    """Always answers with a text, the last tokens of which have probabilities."""
+    before = text.removesuffix("".join(next(iter(each)) for each in grades))
+    choices = [TokenChoice(before, ((before, 0.0),))]
+    choices += [TokenChoice(next(iter(each)), tuple((t, math.log(p)) for t, p in each.items())) for each in grades]
+    return ScriptedChat(
+        lambda request: Reply(id=request.id, text=text, finish_reason=finish_reason, choices=tuple(choices))
+    )
+
+
+def test_expected_scores_are_recorded_beside_the_rating_and_cached(cache: CritiqueCache) -> None:
+    made, chat = [pair("p", "a", "b")], graded("Good.\n\nScore: 7", {" 7": 0.5, " 8": 0.25, "x": 0.25})
+    for _ in range(2):
+        verdicts = judged(made, chat, cache, expected=True, with_critique=True)
+        assert [(each.likert, each.rating) for each in verdicts] == [(pytest.approx(5.5 / 0.75), 7.0)] * 2
+        assert (verdicts[0].critique, verdicts[0].unscored) == ("Good.", "")
+    assert len(chat.calls) == 2, "the probabilities are kept"
+    plain = judged(made, chat, cache, with_critique=True)
+    assert [(each.likert, each.rating) for each in plain] == [(7.0, None)] * 2
+    assert len(chat.calls) == 4, "a call that asked for no probabilities is another call"
+
+
+@pytest.mark.parametrize(
+    ("chat", "rating", "unscored"),
+    [
+        (ScriptedChat(lambda request: "Score: 7"), 7.0, "no usable token probabilities at the rating"),
+        (graded("Score: 9", {" 9": 0.6, " 1": 0.4}), 9.0, "no usable token probabilities at the rating"),
+        (graded("Score: 8.5", {" 8": 1.0}, {".5": 1.0}), 8.5, "a rating that is no whole number has no expected score"),
+        (graded("Score: high", {" high": 1.0}), None, "no single number after the label"),
+        (graded("Score: 7", {" 7": 1.0}, finish_reason="length"), None, "cut at max_tokens"),
+        (ScriptedChat(lambda request: Reply(id=request.id, failure="http 500")), None, "call failed: http 500"),
+    ],
+)
+def test_without_usable_probabilities_a_completion_is_unscored_and_says_why(
+    cache: CritiqueCache, chat: ScriptedChat, rating: float | None, unscored: str
+) -> None:
+    for _ in range(2):
+        verdict = judged([pair("p", "a", "b")], chat, cache, expected=True)[0]
+        assert (verdict.likert, verdict.rating, verdict.unscored) == (None, rating, unscored)
+
+
+def test_command_with_expected_scores(pairs_file: str, tmp_path: Path) -> None:
+    def answer(body: dict[str, Any]) -> Any:
+        higher = -0.2 if "I think" not in body["messages"][0]["content"] else -3.0
+        return completion("Score: 7", tokens=[{"Score:": 0.0}, {" 7": -0.1, " 9": higher}])
+
+    out = tmp_path / "out"
+    with serving(answer) as server:
+        flags = ModelFlags(model="m", base_url=server.url)
+        command(pairs_file, out=out, expected=True, flags=flags)
+        command(pairs_file, out=tmp_path / "plain", flags=flags)
+        asked = [(body.get("logprobs"), body.get("top_logprobs")) for body in server.bodies]
+    assert asked == [(True, 20)] * 24 + [(None, None)] * 24
+    # What ties as it was written does not by its probabilities.
+    assert read_result(out / "pairs.json").overall.n_right == 12
+    assert read_result(tmp_path / "plain" / "pairs.json").overall.n_tie == 12
+    verdicts = read_records(out / "verdicts.jsonl", Verdict)
+    assert {each.rating for each in verdicts} == {7.0} and all(7 < (each.likert or 0) < 9 for each in verdicts)
+    assert json.loads((out / "manifest.json").read_text())["config"]["expected"] is True
+
+
+def test_a_model_in_this_process_gives_expected_scores(
+    tiny_model: Path, cache: CritiqueCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from critrm import generation, models
+    from critrm.encoding import encode_chat
+    from critrm.local_llm import LocalChat
+
+    tokenizer, model = models.load_tokenizer(str(tiny_model)), models.load_causal_lm(str(tiny_model))
+    digits = tokenizer.convert_tokens_to_ids([str(digit) for digit in range(10)])
+    draw = generation._draw
+
+    def one_digit(logits: Any, rows: list[Any], sampling: Sampling) -> list[int]:
+        """The tiny model writes no ratings of its own: of its first tokens, leave it the digits."""
+        masked = torch.full_like(logits, float("-inf"))
+        for index, row in enumerate(rows):
+            allowed = [tokenizer.eos_token_id] if row.tokens else digits
+            masked[index, allowed] = logits[index, allowed]
+        return draw(masked, rows, sampling)
+
+    monkeypatch.setattr(generation, "_draw", one_digit)
+    chat = LocalChat(str(tiny_model), device="cpu", dtype="fp32")
+    requests: list[ChatRequest] = []
+
+    class Watched:
+        model = chat.model
+
+        async def stream(self, asked: Iterable[ChatRequest], sampling: Sampling) -> Any:
+            requests.extend(asked)
+            async for reply in chat.stream(requests, sampling):
+                yield reply
+
+    verdict = judged([pair("p", "The sea is blue.", "Water boils.")], Watched(), cache, expected=True)[0]  # type: ignore
+    asked = next(each for each in requests if each.id == verdict.key)
+    ids = encode_chat(tokenizer, asked.messages)
+    with torch.inference_mode():
+        first = model(torch.tensor([ids])).logits[0, -1, digits].softmax(-1).tolist()
+        # The digits are all that may follow a 1 here, so that it is never 1; with a 0 it is 10.
+        then = model(torch.tensor([[*ids, digits[1]]])).logits[0, -1, digits].softmax(-1).tolist()
+    ten, others = first[1] * then[0], [0.0 if digit == 1 else share for digit, share in enumerate(first)]
+    mean = (sum(digit * share for digit, share in enumerate(others)) + 10 * ten) / (sum(others) + ten)
+    assert verdict.rating == max(range(10), key=first.__getitem__)
+    assert verdict.likert == pytest.approx(mean, abs=1e-3) and not verdict.unscored
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -214,6 +322,7 @@ def test_command_says_when_nothing_could_be_scored(pairs_file: str, tmp_path: Pa
         ({"flags": ModelFlags()}, "which model"),
         ({"flags": ModelFlags(model="m"), "benchmark": "nope"}, "no benchmark"),
         ({"recorded": True, "critiques": Path("c"), "flags": ModelFlags(model="m")}, "calls nobody"),
+        ({"recorded": True, "critiques": Path("c"), "expected": True}, "calls nobody"),
         ({"with_critique": True, "critiques": Path("c"), "flags": ModelFlags(model="m")}, "either the judge"),
     ],
 )

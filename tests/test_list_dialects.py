@@ -3,7 +3,7 @@
 import pytest
 
 from critrm.errors import DataError
-from critrm.list_dialects import LIST_DIALECTS, style_match
+from critrm.list_dialects import LIST_DIALECTS, RMB_LISTS, style_match
 from critrm.preferences import read_pairs
 from critrm.store import write_records
 
@@ -108,3 +108,33 @@ def test_a_row_that_breaks_its_dialect_names_the_field(tmp_path, dialect, change
 def test_repeated_ids_are_refused(tmp_path):
     with pytest.raises(DataError, match="a second pair with this id: 'tied:3#0'"):
         _read(tmp_path, TIES, TIES)
+
+
+def _rmb_pair(uid, chosen, rejected, prompt="Q"):
+    return {
+        "pair_uid": uid, "conversation_input": [{"role": "user", "content": prompt}], "category_path": "Pairwise_set/x",
+        "chosen": {"llm_name": "m", "answer": chosen}, "reject": {"llm_name": "n", "answer": rejected},
+    }  # fmt: skip
+
+
+RMB_PAIRS = (
+    _rmb_pair("1", "a", "b"), _rmb_pair("2", "b", "c"), _rmb_pair("3", "a", "c"), _rmb_pair("4", "a", "d", "other"),
+    _rmb_pair("5", "a", "b"), _rmb_pair("6", "b", "d"),
+)  # fmt: skip
+
+
+def test_rmb_pairs_with_one_prompt_and_one_winner_are_a_list(tmp_path):
+    found = _read(tmp_path, *RMB_PAIRS, dialect=RMB_LISTS)
+    # The fourth has another prompt, so that it is alone; the fifth repeats the first.
+    assert _shown(found.pairs) == [("1#0", "a", "b"), ("1#1", "a", "c"), ("2#0", "b", "c"), ("2#1", "b", "d")]
+    assert {pair.subset for pair in found.pairs} == {"Pairwise_set/x"}
+    assert [pair.id for pair in _read(tmp_path, *RMB_PAIRS, dialect=RMB_LISTS, limit=1).pairs] == ["1#0", "1#1"]
+    assert _read(tmp_path, *RMB_PAIRS).dialect == "rmb"
+
+
+def test_rows_that_are_no_pairs_of_rmb_are_named(tmp_path):
+    with pytest.raises(DataError) as error:
+        _read(tmp_path, *RMB_PAIRS[:2], RM_BENCH, dialect=RMB_LISTS)
+    assert (error.value.line, error.value.field) == (3, "bon_best")
+    with pytest.raises(DataError, match="no pair is left"):
+        _read(tmp_path, *RMB_PAIRS[:2], dialect=RMB_LISTS)

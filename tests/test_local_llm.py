@@ -1,6 +1,8 @@
 import asyncio
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,41 @@ def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_nothing_asked_loads_nothing() -> None:
     assert answers(LocalChat("embedded:nothing"), [], GREEDY) == {}
+
+
+def test_alternatives_come_with_the_models_own_probabilities_whatever_the_sampling(tiny_model: Path) -> None:
+    import torch
+
+    from critrm import models
+    from critrm.encoding import encode_chat
+
+    tokenizer, model = models.load_tokenizer(str(tiny_model)), models.load_causal_lm(str(tiny_model))
+    drawn = answers(local(tiny_model), requests(3), replace(DRAWN, temperature=2.0))
+    found = answers(local(tiny_model), requests(3), replace(DRAWN, temperature=2.0, top_logprobs=5))
+    assert texts(found) == texts(drawn), "asking for them changes no reply"
+    for request in requests(3):
+        reply = found[request.id]
+        assert not drawn[request.id].choices
+        assert len(reply.choices) == reply.n_completion_tokens
+        assert "".join(choice.text for choice in reply.choices).strip() == reply.text
+        ids = torch.tensor([encode_chat(tokenizer, request.messages)])
+        with torch.inference_mode():
+            best = model(ids).logits[0, -1].log_softmax(-1).topk(5)
+        first = reply.choices[0].likeliest
+        assert [name for name, _ in first] == [tokenizer.decode(i, skip_special_tokens=True) for i in best.indices]
+        assert [logprob for _, logprob in first] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
+def test_a_digit_has_what_would_follow_a_one_in_its_place(tiny_model: Path) -> None:
+    sampling = Sampling(temperature=5.0, max_tokens=40, top_logprobs=400)
+    choices = [
+        choice for reply in answers(local(tiny_model), requests(4), sampling).values() for choice in reply.choices
+    ]
+    digits = [choice for choice in choices if choice.text.strip().isdecimal()]
+    assert digits and len(digits) < len(choices)
+    assert [choice for choice in choices if choice.after_one] == digits
+    for choice in digits:
+        assert sum(math.exp(logprob) for _, logprob in choice.after_one) == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from critrm.config import Recipe, load_recipe
-from critrm.errors import ConfigError, CriticError, DataError
+from critrm.errors import ConfigError, CriticError, DataError, ModelError
 from critrm.pipeline import command, run_recipe
 from critrm.types import NO_CRITIC
 from scripted_server import completion, serving
@@ -87,9 +87,30 @@ def test_null_baselines_stand_beside_the_arms(tiny_model, tmp_path):
     pytest.importorskip("sklearn")
     recipe = _recipe(tiny_model)
     del recipe["critique"]["critics"]["tiny"]
-    run_recipe(Recipe.model_validate(recipe), out=tmp_path)
+    results = run_recipe(Recipe.model_validate(recipe), out=tmp_path)
     table = (tmp_path / "results.md").read_text()
     assert "longer completion wins" in table.lower() and "bag of words, critiques" in table.lower()
+    nulls = results["tests"]["mini"]["all"]["baselines"]
+    assert {name for name in nulls[NO_CRITIC] if "untrained" in name} == {"untrained, whole text"}
+    assert "untrained, critique alone" in nulls["frontier-llm"] and "untrained, critique alone" in table
+    assert "zero-label frontier-llm" in results["seconds"]
+    kept = tmp_path / "zero-label" / "frontier-llm" / "mini.jsonl"
+    stamp = kept.stat().st_mtime_ns
+    assert run_recipe(Recipe.model_validate(recipe), out=tmp_path)["tests"] == results["tests"]
+    assert kept.stat().st_mtime_ns == stamp, "it is not asked twice"
+
+
+def test_a_backbone_that_cannot_be_asked_costs_a_row_of_the_table(tiny_model, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ModelError("no words")
+
+    recipe = _recipe(tiny_model)
+    del recipe["critique"]["critics"]["tiny"]
+    for source in (recipe["preferences"]["train"], recipe["preferences"]["test"]["mini"]):
+        source["limit"] = 8
+    monkeypatch.setattr("critrm.pipeline.zero_label_outcomes", refuse)
+    results = run_recipe(Recipe.model_validate(recipe), out=tmp_path)
+    assert not any("untrained" in name for name in results["tests"]["mini"]["all"]["baselines"]["frontier-llm"])
 
 
 def test_a_run_killed_anywhere_ends_with_the_same_scores(tiny_model, tmp_path):

@@ -53,6 +53,7 @@ REAL = [
     ("dsp/webgpt.test.json.gz", "dsp", 656, {TIE: 245}),
     ("ultrafeedback-sample/train_clean.jsonl.gz", "ultrafeedback", 884, {TIE: 111, "identical": 3, "empty": 2}),
     ("ultrafeedback-sample/eval_clean.jsonl.gz", "ultrafeedback", 175, {TIE: 25}),
+    ("auto-j/testdata_pairwise.jsonl.gz", "auto-j", 1017, {TIE: 373, "empty": 1, "identical": 1}),
     ("rmb/pairwise.jsonl.gz", "rmb", 14522, {"identical": 14, "empty": 7}),
 ]
 
@@ -243,6 +244,8 @@ BAD_DIALECT_ROWS = [
     ("llmbar", SINGLE_TURN["llmbar"] | {"label": 3}, "label"),
     ("llmbar", SINGLE_TURN["llmbar"] | {"label": True}, "label"),
     ("llmbar", SINGLE_TURN["llmbar"] | {"output_1": None}, "output_1"),
+    ("auto-j", {"prompt": "p", "response 1": "a", "response 2": "b", "label": 3}, "label"),
+    ("auto-j", {"prompt": "p", "response 1": "a", "label": 1}, "response 2"),
     ("pandalm", SINGLE_TURN["pandalm"] | {"annotator2": 5}, "annotator1"),
     ("pandalm", SINGLE_TURN["pandalm"] | {"response1": 3}, "response1"),
     ("ultrafeedback", MULTI_TURN["ultrafeedback"] | {"score_rejected": None}, "score_chosen"),

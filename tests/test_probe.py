@@ -1,4 +1,4 @@
-"""Probes with reward models that read the critique, only the completion, or flattery; and the matrix of critics."""
+"""Probes with reward models that read the critique, only the completion, or flattery."""
 
 import io
 import json
@@ -14,7 +14,6 @@ from critrm.probe import (
     FLATTERY,
     INJECTION,
     ORIGINAL,
-    critic_matrix,
     flattered,
     injected,
     negated,
@@ -131,7 +130,6 @@ def test_identical_completions_tie_as_in_the_evaluation(items):
     results = probe(model, items)[ALL]
     assert results[ORIGINAL].tally.n_tie == results["swapped"].tally.n_tie == 1
     assert (results["injection"].tally.n_tie, results["injection"].tally.n_wrong) == (0, 12), "it tells them apart"
-    assert critic_matrix({"c": model}, {"c": items}).accuracy["c"]["c"].n_tie == 1
 
 
 def test_rewards_that_are_no_numbers_take_no_part(items):
@@ -161,19 +159,3 @@ def test_the_table_and_the_progress(items):
     console = Console(width=160, file=io.StringIO())
     console.print(probe_table(results))
     assert "+1.000 [+1.00, +1.00]" in console.file.getvalue()
-
-
-def test_the_matrix_warns_where_another_critics_critiques_cost_accuracy(items):
-    other = [replace(item, critic="d", chosen_critique="fine", rejected_critique="good") for item in items]
-    arms = {"c": items, "d": other}
-    found = critic_matrix({"c": READER, "d": DEAF}, arms)
-    assert found.accuracy["c"]["c"].accuracy.value == 1.0
-    assert found.accuracy["c"]["d"].accuracy.value == 0.0
-    assert found.lost["c"]["c"] is None
-    (warning,) = found.warnings
-    assert "trained with critiques by 'c' loses 1.000" in warning
-    assert "'d'" in warning
-    with pytest.raises(DataError, match="same pairs"):
-        critic_matrix({"c": READER}, {"c": items, "d": other[1:]})
-    with pytest.raises(DataError, match="same pairs"):
-        critic_matrix({"c": READER}, {})

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from critrm.baselines import CRITIQUES_ONLY, LONGER, LONGER_CRITIQUE, SENTIMENT
+from critrm.baselines import CRITIQUES_ONLY, LONGER, LONGER_CRITIQUE, SENTIMENT, UNTRAINED_ALONE, UNTRAINED_WHOLE
 from critrm.errors import DataError
 from critrm.results import ALL, baseline_notes, compare_arms
 from critrm.types import NO_CRITIC, Message, Outcome, PreferencePair, Score
@@ -109,6 +109,13 @@ def test_all_that_see_only_critiques_are_to_be_beaten_and_a_missing_bag_of_words
     assert "was not compared with a bag of words" in notes[0]
     assert f"does not beat {name}" in notes[1]
     assert baseline_notes({"mini": _with_baselines(10, 30, name=LONGER)})[1:] == [], "it sees the completions"
+
+
+@pytest.mark.parametrize("name", [UNTRAINED_ALONE, UNTRAINED_WHOLE])
+def test_it_is_said_where_an_arm_does_not_beat_its_backbone_untrained(name):
+    (_, note) = baseline_notes({"mini": _with_baselines(10, 30, name=name)})
+    assert f"does not beat {name} (0.750" in note and "nothing that its backbone did not know" in note
+    assert baseline_notes({"mini": _with_baselines(30, 5, name=name)})[1:] == []
 
 
 def test_an_unscored_baseline_is_no_defeat():

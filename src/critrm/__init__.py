@@ -15,6 +15,7 @@ __all__ = [
     "CritrmError",
     "DataError",
     "EvalResult",
+    "LiveRewardModel",
     "LocalChat",
     "Message",
     "ModelError",
@@ -26,25 +27,34 @@ __all__ = [
     "Score",
     "ScriptedChat",
     "StorageError",
+    "attribute_sentences",
     "augment_pairs",
     "critique_pairs",
+    "open_reward_model",
+    "rank_completions",
     "read_critiques",
     "read_pairs",
     "run_recipe",
+    "run_study",
     "train_reward_model",
 ]
 
 if TYPE_CHECKING:
+    from critrm.attribute import attribute_sentences
     from critrm.augment import augment_pairs
     from critrm.critique import critique_pairs
     from critrm.critique_cache import CritiqueCache
     from critrm.critique_files import read_critiques
     from critrm.errors import ConfigError, CriticError, CriticMismatch, CritrmError, DataError, ModelError, StorageError
+    from critrm.live import LiveRewardModel
     from critrm.llm import OpenAIChat, Sampling, ScriptedChat
     from critrm.local_llm import LocalChat
     from critrm.pipeline import run_recipe
     from critrm.preferences import read_pairs
+    from critrm.rank import rank_completions
     from critrm.reward_model import RewardModel
+    from critrm.rl import open_reward_model
+    from critrm.study import run_study
     from critrm.train import train_reward_model
     from critrm.types import Critique, CritiquedPair, EvalResult, Message, Outcome, PreferencePair, Score
 else:
@@ -58,6 +68,7 @@ else:
         "CritrmError": "errors",
         "DataError": "errors",
         "EvalResult": "types",
+        "LiveRewardModel": "live",
         "LocalChat": "local_llm",
         "Message": "types",
         "ModelError": "errors",
@@ -69,11 +80,15 @@ else:
         "Score": "types",
         "ScriptedChat": "llm",
         "StorageError": "errors",
+        "attribute_sentences": "attribute",
         "augment_pairs": "augment",
         "critique_pairs": "critique",
+        "open_reward_model": "rl",
+        "rank_completions": "rank",
         "read_critiques": "critique_files",
         "read_pairs": "preferences",
         "run_recipe": "pipeline",
+        "run_study": "study",
         "train_reward_model": "train",
     }
 

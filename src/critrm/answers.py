@@ -1,5 +1,6 @@
 """What an endpoint's answer says: the text of a reply, or in a few words why there is none."""
 
+import codecs
 import json
 import math
 import time
@@ -8,6 +9,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from critrm.endpoints import Access
+from critrm.types import TokenChoice
 
 if TYPE_CHECKING:
     import openai
@@ -65,8 +67,33 @@ def read_completion(body: Any, words: Callable[[str], str]) -> dict[str, Any]:
     if not isinstance(content, str) or not content.strip():
         used_up = finish_reason == "length"
         return facts | {"failure": "empty reply" + (": max_tokens ran out before any text" if used_up else "")}
+    if choices := _choices(choice.get("logprobs")):
+        facts["choices"] = choices
     # JSON can spell half a character (a lone surrogate), which no file can hold.
     return facts | {"text": content.encode("utf-8", "replace").decode("utf-8")}
+
+
+def _choices(logprobs: Any) -> tuple[TokenChoice, ...]:
+    """The tokens of a reply with their alternatives; none where the answer does not hold them in due form."""
+    try:
+        tokens = logprobs["content"]
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return tuple(
+            TokenChoice(
+                # A character can be in the bytes of several tokens.
+                decoder.decode(bytes(list(each["bytes"]))) if each.get("bytes") else str(each["token"]),
+                tuple((str(other["token"]), _logprob(other["logprob"])) for other in each["top_logprobs"]),
+            )
+            for each in tokens
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return ()
+
+
+def _logprob(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value < 1e-3:
+        raise ValueError("no logarithm of a probability")
+    return min(0.0, float(value))  # rounding may leave a certainty a little above 0
 
 
 def _count(value: object) -> int:

@@ -9,9 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from critrm.errors import DataError
 from critrm.leaked_scores import leaked_score
-from critrm.prompts import reward_segments
 from critrm.types import NO_CRITIC, SIDES, Critique, CritiquedPair, Outcome, Score, Side
 
 if TYPE_CHECKING:
@@ -24,12 +22,12 @@ CRITIQUES_ONLY = "bag of words, critiques"
 SENTIMENT = "critique sentiment only"
 LEAKED = "leaked score only"
 OWN_SCORE = "critic's own score"
-ZERO_LABEL = "backbone untrained (good minus bad)"
+UNTRAINED_ALONE = "untrained, critique alone"
+UNTRAINED_WHOLE = "untrained, whole text"
 CRITIQUE_NULLS = (LONGER_CRITIQUE, CRITIQUES_ONLY, SENTIMENT)
 """Those that see nothing but the critiques and understand none of them."""
-
-VERDICT = "\n\nOverall, the response above is"
-"""Ends what the untrained backbone reads; " good" and " bad" are the next words that are compared."""
+ZERO_LABEL_NULLS = (UNTRAINED_ALONE, UNTRAINED_WHOLE)
+"""Those that understand, but learnt from no label: what the backbone says before any training (`zero_label`)."""
 
 Text = Callable[[CritiquedPair, Side], str]
 
@@ -120,52 +118,3 @@ def sentiment(items: Sequence[CritiquedPair]) -> list[Score]:
         return sum(tones) / len(tones) if tones else 0.0
 
     return _compare(items, tone)
-
-
-def zero_label_scores(
-    items: Sequence[CritiquedPair],
-    *,
-    backbone: str,
-    max_length: int = 2048,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[Score]:
-    """What the backbone says before any label: its logit of " good" minus that of " bad" after the critique.
-
-    It reads what the reward model would, and then `VERDICT`. One forward pass per completion.
-
-    Args:
-        items: the pairs.
-        backbone: a folder, a hub id or `embedded:NAME`.
-        max_length: tokens; the end of longer texts is read, which is where the critique stands.
-        on_progress: called with 1 for each pair.
-
-    Raises:
-        ModelError: it cannot be loaded.
-        DataError: the tokenizer does not tell the two words apart.
-    """
-    import torch
-
-    from critrm.models import load_causal_lm, load_tokenizer, resolve
-
-    name = str(resolve(backbone))
-    tokenizer, model = load_tokenizer(name), load_causal_lm(name)
-    words = [tokenizer.encode(word, add_special_tokens=False) for word in (" good", " bad")]
-    n_shared = next((n for n, both in enumerate(zip(*words, strict=False)) if both[0] != both[1]), None)
-    if n_shared is None:
-        raise DataError(f"{backbone}: its tokenizer does not tell ' good' from ' bad'")
-    # A small vocabulary spells both with the same first token, such as the space: that is read, the next is compared.
-    shared, good, bad = words[0][:n_shared], words[0][n_shared], words[1][n_shared]
-
-    def reading(item: CritiquedPair, side: Side) -> float:
-        segments = reward_segments(item.pair.prompt, item.pair.completion(side), item.critique(side))
-        ids = tokenizer.encode("".join(segments) + VERDICT, add_special_tokens=False, split_special_tokens=True)
-        with torch.inference_mode():
-            logits = model(torch.tensor([(ids + shared)[-max_length:]])).logits[0, -1]
-        return float(logits[good] - logits[bad])
-
-    scores = []
-    for item in items:
-        scores.append(Score(item.pair.id, reading(item, "chosen"), reading(item, "rejected")))
-        if on_progress:
-            on_progress(1)
-    return scores

@@ -237,7 +237,11 @@ def estimates_table(estimates: Sequence[Estimate], *, limit: float | None = None
         estimates: the estimates.
         limit: US dollars that all may cost, if there is a limit.
     """
-    lines = [f"{row.critic}: {row.basis}." for row in estimates if row.n_calls]
+    alike: dict[str, list[str]] = {}
+    for row in estimates:
+        if row.n_calls:
+            alike.setdefault(row.basis, []).append(row.critic)
+    lines = [f"{', '.join(critics)}: {basis}." for basis, critics in alike.items()]
     lines.append("At most: a token for every byte read, and max_tokens written.")
     if any(row.cost is None for row in estimates):
         lines.append("?: no price is known (price_in and price_out).")
@@ -264,8 +268,15 @@ def _numbers(row: Estimate) -> tuple[float | None, ...]:
 
 
 def _cells(numbers: Sequence[float | None]) -> list[str]:
-    money = ["?" if amount is None else dollars(amount) for amount in numbers[5:]]
-    return [f"{count:,.0f}" for count in numbers[:5]] + money
+    money = [
+        "?" if amount is None else f"${amount:,.0f}" if amount >= 1000 else dollars(amount) for amount in numbers[5:]
+    ]
+    return [_count(count or 0) for count in numbers[:5]] + money
+
+
+def _count(count: float) -> str:
+    """As wide as 80 columns allow."""
+    return f"{count:,.0f}" if count < 1e5 else f"{count / 1e3:,.0f}k" if count < 1e6 else f"{count / 1e6:,.1f}M"
 
 
 def critiques_table(rows: Sequence[Critique], ledger: Ledger, *, n_skipped: int) -> Table:

@@ -100,7 +100,7 @@ def reply_record(
     n_read, n_written = float(reply.n_prompt_tokens), float(reply.n_completion_tokens)
     if price and not n_read and not failure:
         # An endpoint that does not report its usage still bills it.
-        n_read, n_written = n_characters(messages) / 4, len(reply.text) / 4
+        n_read, n_written = n_characters(messages) / 4, max(n_written, len(reply.text) / 4)
     return Critique(
         key=reply.id,
         pair_id=pair_id,

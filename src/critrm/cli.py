@@ -22,8 +22,14 @@ VERBS = {
     "evaluate": ("critrm.evaluate:command", "Stage 4: score a benchmark with a reward model."),
     "judge": ("critrm.judge:command", "Stage 5: have a model rate every completion, without or with a critique."),
     "metacritique": ("critrm.metacritique:command", "Stage 6: precision, recall and F1 of critiques."),
+    "attribute": ("critrm.attribute:command", "Which sentences of critiques moved the reward."),
+    "rank": ("critrm.rank:command", "Best of n: order the completions of each prompt by a reward model."),
     "doctor": ("critrm.doctor:command", "Check a backbone, its tokenizer and a data set before money is spent."),
     "run": ("critrm.pipeline:command", "Run the stages of a recipe in order, skipping what is finished."),
+    "study": ("critrm.study:command", "Stage 7: grids of backbones, critics and sizes; what a critique is worth."),
+    "cross": ("critrm.cross:command", "What a finished run's models lose on another critic's critiques."),
+    "report": ("critrm.report:command", "Stage 8: a study's tables and figures, and one page with its pairs."),
+    "serve": ("critrm.serve:command", "Stage 9: critique and score over HTTP."),
     "demo": ("critrm.demo:command", "The whole method on the bundled pairs with the embedded model."),
 }
 MODEL_VERBS = {
@@ -38,8 +44,11 @@ EXTRAS = {
     "accelerate": "train",
     "datasets": "data",
     "datasketch": "eval",
+    "fastapi": "serve",
     "gguf": "embedded",
+    "matplotlib": "report",
     "peft": "train",
+    "prometheus_client": "serve",
     "pyarrow": "data",
     "ray": "ray",
     "safetensors": "train",
@@ -47,6 +56,7 @@ EXTRAS = {
     "tensorboard": "train",
     "torch": "train",
     "transformers": "train",
+    "uvicorn": "serve",
     "vaderSentiment": "eval",
 }
 """Optional package -> the extra that installs it."""

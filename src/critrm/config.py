@@ -6,6 +6,7 @@ critique: {critics: {...}}                    who writes the critiques
 augment: {max_length: 1024}                   how they are put together
 train: {backbone: ..., seeds: [0, 1, 2]}      how the reward models are trained
 evaluate: {}                                  how they are tested
+study: {grids: {...}}                         over which sizes, backbones and settings all this is repeated
 """
 
 import os
@@ -209,9 +210,39 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Stage 4: how many tokens are scored at once."""
+    """Stage 4: how many tokens are scored at once, and whether the untrained backbone is asked as well."""
 
     max_tokens_per_step: int = Field(default=4096, gt=0)
+    zero_label: bool = True
+    """Lay the untrained backbone's own reading beside each arm, as a null baseline."""
+
+
+class GridConfig(Section):
+    """One grid of a study: every backbone with every number of training pairs; the arms are those of the recipe."""
+
+    sizes: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Numbers of training pairs, drawn so that a smaller number's pairs are among a larger one's; all when empty."""
+    backbones: tuple[str, ...] = ()
+    """The recipe's when empty."""
+    critics: tuple[str, ...] | None = None
+    """Which of the recipe's critics; all when None, and with none the grid has the No-Critiques arm alone."""
+    pairs: tuple[PairSource, ...] = ()
+    """Training pairs instead of the recipe's, such as more of them without critiques; pairs whose prompt is in a test
+    set are left out, and pairs that another source has as well."""
+    change: dict[Literal["critique", "augment", "train", "evaluate"], dict[str, Any]] = Field(default_factory=dict)
+    """What is different from the recipe's sections in this grid."""
+
+
+class StudyConfig(Section):
+    """Stage 7: the grids by name, and what a human label costs."""
+
+    grids: dict[Annotated[str, Field(pattern=FILE_NAME)], GridConfig] = Field(min_length=1)
+    seed: int = 0
+    """Of the order in which training pairs are drawn."""
+    n_parameters: dict[str, float] = Field(default_factory=dict)
+    """Backbone -> its parameters, for the plan's hours, where neither its files are here nor its name says them."""
+    label_price: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """US dollars that one human preference label costs; exchange rates are in money too where it is given."""
 
 
 class Recipe(Section):
@@ -223,6 +254,14 @@ class Recipe(Section):
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    study: StudyConfig | None = None
+
+    @model_validator(mode="after")
+    def _known_critics(self) -> "Recipe":
+        for name, grid in (self.study.grids if self.study else {}).items():
+            if unknown := set(grid.critics or ()) - set(self.critique.critics):
+                raise ValueError(f"study: grid {name!r} names critics that are not there: {', '.join(sorted(unknown))}")
+        return self
 
     @model_validator(mode="after")
     def _held_out_for_best(self) -> "Recipe":

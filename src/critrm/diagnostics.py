@@ -13,7 +13,7 @@ from critrm.calibration import calibrate, length_bias
 from critrm.errors import DataError
 from critrm.metrics import half_credit, n_scored
 from critrm.results import ALL, baseline_notes, compare_arms
-from critrm.types import Critique, CritiquedPair, EvalResult, Score, Tally
+from critrm.types import Critique, CritiquedPair, EvalResult, Outcome, Score, Tally
 
 
 def diagnose(
@@ -23,6 +23,7 @@ def diagnose(
     benchmark: str = "pairs",
     train_items: Sequence[CritiquedPair] = (),
     critiques: Sequence[Critique] = (),
+    zero_label: Mapping[str, Sequence[Outcome]] | None = None,
 ) -> dict[str, Any]:
     """All statistics of one evaluation, as plain values; `<benchmark>.statistics.json`.
 
@@ -32,10 +33,11 @@ def diagnose(
         benchmark: whose sections are groups as well.
         train_items: the arm's training pairs; the bags of words learn from them, and are left out without.
         critiques: recorded critiques with the critic's own score, if there are.
+        zero_label: what the untrained backbone reads (`zero_label.zero_label_outcomes`), if it was asked.
 
     Returns:
         `groups` as `results.compare_arms` gives them (by pair, also where the benchmark counts lists), `calibration`
-        (None where nothing is scored), `length_bias`, and `notes`, which say what critique-only baseline is not beaten.
+        (None where nothing is scored), `length_bias`, and `notes`, which say what baseline is not beaten.
 
     Raises:
         DataError: no pairs, or of several critics.
@@ -48,7 +50,7 @@ def diagnose(
     found = {score.pair_id: score for score in scores}
     nan = float("nan")
     complete = [found.get(pair.id, Score(pair.id, nan, nan)) for pair in pairs]
-    nulls = baselines(train_items, items, critiques=critiques)
+    nulls = {**baselines(train_items, items, critiques=critiques), **(zero_label or {})}
     groups = compare_arms(pairs, {critic: [complete]}, benchmark=benchmark, baselines={critic: nulls})
     calibration = calibrate(complete)
     return {
@@ -62,7 +64,7 @@ def diagnose(
 
 def diagnostics_table(statistics: Mapping[str, Any]) -> Table:
     """The null baselines of an evaluation for the terminal; calibration and length bias below."""
-    table = Table(title="Beside it: what reads no meaning", caption=_caption(statistics))
+    table = Table(title="Beside it: null baselines", caption=_caption(statistics))
     for title in ("null baseline", "pairs", "strict accuracy", "model minus it", "p"):
         is_text = title in ("null baseline", "pairs")
         table.add_column(title, justify="left" if is_text else "right", no_wrap=title == "null baseline")

@@ -143,6 +143,17 @@ def _llmbar(row: Fields) -> Fields:
     )
 
 
+def _auto_j(row: Fields) -> Fields:
+    label = row.get("label")
+    if isinstance(label, bool) or label not in (0, 1, 2):
+        raise bad_field("label", f"must be 0, 1 or (a tie) 2, not {label!r:.60}")
+    if label == 2:
+        raise NoPreference("tie")
+    first, second = text_field(row, "response 1"), text_field(row, "response 2")
+    fields = _by_label(text_field(row, "prompt"), first, second, label + 1, "label")
+    return fields | {"subset": row.get("scenario", "")}
+
+
 def _pandalm_by(rule: str) -> Callable[[Fields], Fields]:
     """PandaLM by a rule of how its three annotators decide: `majority`, `unanimous` or `first`; 0 is a tie."""
 
@@ -218,6 +229,7 @@ DIALECTS: dict[str, tuple[Callable[[Fields], bool], Callable[[Fields], Fields]]]
     # The same columns by another rule: only when asked for.
     "pandalm-unanimous": (lambda row: False, _pandalm_by("unanimous")),
     "pandalm-first": (lambda row: False, _pandalm_by("first")),
+    "auto-j": (lambda row: "response 1" in row and "label" in row, _auto_j),
     "judgebench": (lambda row: "response_A" in row and "question" in row, _judgebench),
     "dsp": (lambda row: "text" in row and "score" in row, _dsp),
     "rmb": (lambda row: "conversation_input" in row and "reject" in row, _rmb),

@@ -13,31 +13,35 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from critrm.augment import Budget, augment_pairs, segment_pair, text_encoder
-from critrm.benchmarks import find_benchmark, level_identical, summarise
+from critrm.benchmarks import find_benchmark, level_identical, read_benchmark, summarise
 from critrm.benchmarks.best_of_n import list_id
 from critrm.benchmarks.rewardbench import official_files
 from critrm.critique_files import read_critiques
 from critrm.diagnostics import diagnose, diagnostics_table, result_table
-from critrm.errors import ConfigError, CriticMismatch, DataError
+from critrm.errors import ConfigError, CriticMismatch, DataError, ModelError
 from critrm.overlap import overlap_warning
-from critrm.preferences import read_pairs
 from critrm.probe import probe as run_probe
 from critrm.probe import probe_json, probe_table
 from critrm.score_files import read_result as read_result
 from critrm.score_files import read_scores as read_scores
 from critrm.score_files import saved_scores, score_row
 from critrm.store import content_hash, disk_errors, file_name, read_records, read_rows, write_records, write_text
-from critrm.types import NO_CRITIC, Critique, CritiquedPair, EvalResult, PreferencePair, Score
+from critrm.types import NO_CRITIC, Critique, CritiquedPair, EvalResult, Outcome, PreferencePair, Score
 
 if TYPE_CHECKING:
     from critrm.reward_model import RewardModel
+    from critrm.zero_label import ZeroLabelModel
 
+    Model = RewardModel | ZeroLabelModel
+
+ZERO_LABEL = ("zero-label", "zero-label-alone")
+"""Before a colon and a backbone's name: the backbone untrained; the second one reads the critiques alone."""
 PAIRS_PER_SAVE = 256
 """Rewards are on disk after so many pairs; a killed run loses at most these."""
 
 
 def evaluate(
-    model: "RewardModel",
+    model: "Model",
     pairs: Sequence[CritiquedPair],
     *,
     benchmark: str = "pairs",
@@ -91,7 +95,7 @@ def evaluate(
 
 
 def score_benchmark(
-    model: "RewardModel",
+    model: "Model",
     pairs: Sequence[CritiquedPair],
     *,
     benchmark: str = "pairs",
@@ -161,7 +165,7 @@ def _refuse_shared(train_items: Sequence[CritiquedPair], items: Sequence[Critiqu
 
 
 def _scores(
-    model: "RewardModel",
+    model: "Model",
     pairs: Sequence[CritiquedPair],
     *,
     folder: Path | None,
@@ -208,6 +212,8 @@ def command(
     critic: str | None = None,
     benchmark: str = "pairs",
     train: str = "",
+    zero_label: bool = True,
+    backbone: str = "",
     probe: bool = False,
     dialect: str = "auto",
     split: str = "",
@@ -220,7 +226,9 @@ def command(
     """Score pairs with a reward model: strict accuracy by subset and section, ties counted apart.
 
     Args:
-        model: the reward model's folder, or a hub id.
+        model: the reward model's folder, or a hub id. Or `zero-label:BACKBONE`, a language model that has seen no
+            preference: how much likelier does it call a response good than bad? `zero-label-alone:BACKBONE` reads the
+            critiques alone.
         pairs: the test pairs: a file, a hub id, or an arm that `critrm augment` wrote.
         out: folder for the result and the rewards; the same command goes on where it was interrupted.
         critiques: critiques of the pairs' completions; none for a model trained without.
@@ -229,6 +237,8 @@ def command(
             best-of-n.
         train: the arm's training pairs, as `critrm augment` wrote them; the bag-of-words baselines learn from them.
             None may be among the test pairs.
+        zero_label: lay what the reward model's backbone says untrained beside it, too.
+        backbone: that backbone's name, where the model's folder does not know it.
         probe: also score the pairs with swapped, shuffled, removed, negated and flattering critiques, and with an
             instruction injected into the rejected completion: is the critique read?
         dialect: the format of the pairs; told from the columns when not given.
@@ -243,15 +253,14 @@ def command(
     console = Console()
     items, recorded = _read_augmented(pairs), dict[str, list[Critique]]()
     if items is None:
-        found = read_pairs(
+        found = read_benchmark(
             pairs,
+            benchmark=benchmark,
             dialect=dialect,
             split=split,
             source=source,
             subset=subset,
             skip_bad=skip_bad,
-            # The published counts of benchmarks hold such rows.
-            allow_empty=benchmark != "pairs",
         )
         _show_counts(console, "rows left out", (row.reason for row in found.skipped))
         recorded = _by_critic(critiques, critic)
@@ -268,9 +277,7 @@ def command(
         console.print(warning, style="yellow", markup=False, highlight=False)
     if probe and items[0].critic == NO_CRITIC:
         raise ConfigError("--probe asks whether critiques are read: give the critiques of the pairs with --critiques")
-    from critrm.reward_model import RewardModel
-
-    loaded = RewardModel.load(model)
+    loaded = _load(model, critic=items[0].critic)
     _show_counts(console, "pairs cut to the model's length", _cuts(loaded, items))
     result, scores = score_benchmark(
         loaded,
@@ -282,12 +289,7 @@ def command(
         max_tokens_per_step=max_tokens_per_step,
         console=console,
     )
-    own = [row for rows in recorded.values() for row in rows]
-    statistics = diagnose(items, scores, benchmark=benchmark, train_items=train_items, critiques=own)
     console.print(result_table(result))
-    console.print(diagnostics_table(statistics))
-    if out is not None:
-        _write_json(out / f"{benchmark}.statistics.json", statistics)
     if probe:
         probed = run_probe(
             loaded,
@@ -299,8 +301,57 @@ def command(
         console.print(probe_table(probed))
         if out is not None:
             _write_json(out / f"{benchmark}.probe.json", probe_json(probed))
+    reads = loaded.reads
+    del loaded  # the backbone takes its place in memory
+    readings: Mapping[str, Sequence[Outcome]] = {}
+    if zero_label and not _is_untrained(model):
+        readings = _ask_backbone(
+            items,
+            backbone=backbone or reads.backbone,
+            max_length=reads.max_length,
+            max_tokens_per_step=max_tokens_per_step,
+            path=out / f"{benchmark}.zero-label.jsonl" if out is not None else None,
+            console=console,
+        )
+    own = [row for rows in recorded.values() for row in rows]
+    statistics = diagnose(
+        items, scores, benchmark=benchmark, train_items=train_items, critiques=own, zero_label=readings
+    )
+    console.print(diagnostics_table(statistics))
     if out is not None:
+        _write_json(out / f"{benchmark}.statistics.json", statistics)
         console.print(f"Result: {out / f'{benchmark}.json'}", soft_wrap=True, markup=False)
+
+
+def _is_untrained(model: str) -> bool:
+    return ":" in model and model.partition(":")[0] in ZERO_LABEL
+
+
+def _load(model: str, *, critic: str) -> "Model":
+    if _is_untrained(model):
+        from critrm.zero_label import ZeroLabelModel
+
+        kind, _, backbone = model.partition(":")
+        return ZeroLabelModel.load(backbone, critic=critic, critique_only=kind == ZERO_LABEL[1])
+    from critrm.reward_model import RewardModel
+
+    return RewardModel.load(model)
+
+
+def _ask_backbone(
+    items: Sequence[CritiquedPair], *, backbone: str, console: Console, **how: Any
+) -> Mapping[str, Sequence[Outcome]]:
+    """The zero-label baselines; nothing where the backbone cannot be asked, which is said."""
+    from critrm.zero_label import zero_label_outcomes
+
+    reason = "name the model's backbone with --backbone"
+    if backbone:
+        try:
+            return zero_label_outcomes(items, backbone=backbone, console=console, **how)
+        except (DataError, ModelError) as error:  # a null baseline is no reason to lose an evaluation
+            reason = str(error)
+    console.print(f"No zero-label baseline: {reason}", style="yellow", markup=False, highlight=False)
+    return {}
 
 
 def _train_items(train: str, items: Sequence[CritiquedPair]) -> tuple[CritiquedPair, ...]:
@@ -350,7 +401,7 @@ def _by_critic(critiques: Path | None, critic: str | None) -> dict[str, list[Cri
     return {names[0]: rows}
 
 
-def _cuts(model: "RewardModel", items: Iterable[CritiquedPair]) -> list[str]:
+def _cuts(model: "Model", items: Iterable[CritiquedPair]) -> list[str]:
     """Which segments the model will not read whole, one entry per pair and segment."""
     # What the model puts before the prompt counts towards its length.
     encode, budget = text_encoder(model.tokenizer), Budget(model.reads.max_length - model.n_special)

@@ -53,6 +53,8 @@ class Row:
         self.family = 0
         """Rows of one family have prompts that begin alike."""
         self.tokens: list[int] = []
+        self.likeliest: list[list[tuple[int, float]]] = []
+        """Of each token drawn, if asked for: the likeliest tokens and their log-probabilities."""
         self.finish_reason = ""
         self.started, self.seconds = time.monotonic(), 0.0
         # Drawn per row from what is asked, so that a reply does not depend on its neighbours in the batch.
@@ -282,6 +284,11 @@ def _draw(logits: torch.Tensor, rows: list[Row], sampling: Sampling) -> list[int
 
     Above temperature 0: by inverting the cumulative distribution, so that each row needs one random number.
     """
+    if sampling.top_logprobs:
+        # Of the model itself: neither sharpened by the temperature nor cut by top_p.
+        found = logits.float().log_softmax(-1).topk(min(sampling.top_logprobs, logits.shape[-1]))
+        for row, values, ids in zip(rows, found.values.tolist(), found.indices.tolist(), strict=True):
+            row.likeliest.append(list(zip(ids, values, strict=True)))
     if sampling.temperature <= 0:
         return [int(token) for token in logits.argmax(-1)]
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
@@ -295,6 +302,6 @@ def _draw(logits: torch.Tensor, rows: list[Row], sampling: Sampling) -> list[int
         probabilities = largest * (before < sampling.top_p)
     cumulated = probabilities.cumsum(-1)
     points = torch.tensor([[row.random.random()] for row in rows], device=logits.device) * cumulated[:, -1:]
-    found = torch.searchsorted(cumulated, points)
-    chosen = found if order is None else order.gather(-1, found)
+    places = torch.searchsorted(cumulated, points)
+    chosen = places if order is None else order.gather(-1, places)
     return [int(token) for token in chosen[:, 0]]

@@ -1,26 +1,27 @@
 """Stage 5: the generative judge rates every completion from 0 to 10, without and with a critique (section 5.3).
 
 A pair is right only if the chosen completion's rating is strictly higher: equal ratings are a tie, which is not right.
-A reply without one clear rating is unscored, and so is its pair.
+A reply without one clear rating is unscored, and so is its pair. With `expected` the score is not the rating that was
+written but the mean of all eleven by the probabilities that the judge gave them, which hardly ever ties.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from critrm.benchmarks import find_benchmark, summarise
+from critrm.benchmarks import find_benchmark, read_benchmark, summarise
 from critrm.budget import Ledger, Price, Purse
 from critrm.critics import open_chat, price_of, sampling_of
 from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.errors import ConfigError, CriticError, DataError
-from critrm.likert import read_rating
-from critrm.llm import Chat, Sampling
-from critrm.preferences import read_pairs
+from critrm.likert import NO_PROBABILITIES, NOT_WHOLE, expected_rating, read_rating
+from critrm.llm import Chat, Reply, Sampling
 from critrm.prompts import Template, load_template, quote_imitations, render_conversation, render_template
 from critrm.questions import ModelFlags, Question, ask, progress
 from critrm.store import write_manifest, write_records, write_text
@@ -29,6 +30,8 @@ from critrm.verdicts import judge_table, recorded_verdicts, result_json, verdict
 
 MAX_TOKENS = 384
 """Of a reply by default: a critique of the length that `critrm critique` asks for, and the rating behind it."""
+TOP_LOGPROBS = 20
+"""Alternatives asked for with an expected score: as many as endpoints give, so that all eleven grades may be there."""
 
 
 def judge_pairs(
@@ -40,6 +43,7 @@ def judge_pairs(
     cache: CritiqueCache,
     with_critique: bool = False,
     critiques: Sequence[Critique] | None = None,
+    expected: bool = False,
     template: str | Path | None = None,
     retry_failed: bool = False,
     price: Price | None = None,
@@ -57,6 +61,8 @@ def judge_pairs(
         cache: answered calls; those are not made again.
         with_critique: the judge writes a critique before the rating, in the same reply.
         critiques: critiques by one critic that the judge reads before it rates; a completion without one is unscored.
+        expected: score by the probabilities of the rating's token; the rating as written is the verdict's `rating`. A
+            reply without usable probabilities is unscored.
         template: a file instead of the template that belongs to the above; it uses `conversation`, `response` and, with
             critiques, `critique`.
         retry_failed: make calls again that failed before.
@@ -94,17 +100,18 @@ def judge_pairs(
             questions,
             chat,
             asked=judge,
-            sampling=sampling,
+            sampling=replace(sampling, top_logprobs=TOP_LOGPROBS) if expected else sampling,
             cache=cache,
             retry_failed=retry_failed,
             price=price,
             purse=purse,
             ledger=ledger,
+            score_of=_expected if expected else None,
             on_answer=on_answer,
         )
     )
     return [
-        _verdict(next(answers), "" if critique is None else critique.text)
+        _verdict(next(answers), "" if critique is None else critique.text, expected=expected)
         if is_asked
         else Verdict(pair_id=pair.id, side=side, likert=None, judge=judge, unscored="no critique to read")
         for (pair, side, critique), is_asked in zip(places, asked, strict=True)
@@ -131,16 +138,25 @@ def _question(pair: PreferencePair, side: Side, critique: str, template: Templat
     return Question(pair_id=pair.id, side=side, messages=(Message("user", text),), template_version=template.version)
 
 
-def _verdict(answer: Critique, given: str) -> Verdict:
+def _expected(reply: Reply) -> float | None:
+    return expected_rating(reply.text, reply.choices, cut=reply.finish_reason == "length")
+
+
+def _verdict(answer: Critique, given: str, *, expected: bool) -> Verdict:
     rating = read_rating(answer.text, cut=answer.finish_reason == "length")
+    written = None if answer.failure else rating.likert
+    unscored = f"call failed: {answer.failure}" if answer.failure else rating.unscored
+    if expected and written is not None and answer.score is None:
+        unscored = NO_PROBABILITIES if written.is_integer() else NOT_WHOLE
     return Verdict(
         pair_id=answer.pair_id,
         side=answer.side,
-        likert=None if answer.failure else rating.likert,
+        likert=answer.score if expected else written,
+        rating=written if expected else None,
         judge=answer.critic,
         critique=given or rating.before,
         reply=answer.text,
-        unscored=f"call failed: {answer.failure}" if answer.failure else rating.unscored,
+        unscored=unscored,
         key=answer.key,
         n_prompt_tokens=answer.n_prompt_tokens,
         n_completion_tokens=answer.n_completion_tokens,
@@ -154,6 +170,7 @@ def command(
     out: Path,
     with_critique: bool = False,
     critiques: Path | None = None,
+    expected: bool = False,
     recorded: bool = False,
     template: Path | None = None,
     benchmark: str = "pairs",
@@ -171,6 +188,7 @@ def command(
         out: folder for the verdicts and the result.
         with_critique: the judge writes a critique before the rating.
         critiques: critiques that the judge reads before it rates.
+        expected: the score is the mean of all ratings by their token probabilities, not the one that was written.
         recorded: call nobody: the `score` column of --critiques is the verdict.
         template: a file instead of our template.
         benchmark: whose sections to compute.
@@ -182,16 +200,10 @@ def command(
         flags: whom to call.
     """
     started, console = time.time(), Console()
-    _check_flags(flags, critiques, with_critique=with_critique, recorded=recorded)
+    _check_flags(flags, critiques, with_critique=with_critique, expected=expected, recorded=recorded)
     find_benchmark(benchmark)  # a misspelt name is found before anything is paid for
-    found = read_pairs(
-        pairs,
-        split=split,
-        source=source,
-        subset=subset,
-        limit=limit,
-        skip_bad=skip_bad,
-        allow_empty=benchmark != "pairs",
+    found = read_benchmark(
+        pairs, benchmark=benchmark, split=split, source=source, subset=subset, limit=limit, skip_bad=skip_bad
     ).pairs
     ids = {pair.id for pair in found}
     rows = None if critiques is None else [row for row in read_critiques(critiques) if row.pair_id in ids]
@@ -202,7 +214,9 @@ def command(
     if recorded:
         verdicts = recorded_verdicts(rows or ())
     else:
-        verdicts, facts = _call(found, flags, rows, with_critique=with_critique, template=template, ledger=ledger)
+        verdicts, facts = _call(
+            found, flags, rows, with_critique=with_critique, expected=expected, template=template, ledger=ledger
+        )
     critic = rows[0].critic if rows else verdicts[0].judge if with_critique else NO_CRITIC
     result = summarise(found, verdict_scores(verdicts), benchmark=benchmark, model=verdicts[0].judge, critic=critic)
     write_records(out / "verdicts.jsonl", verdicts)
@@ -221,11 +235,13 @@ def command(
     console.print(f"Result: {out / f'{benchmark}.json'}", soft_wrap=True, markup=False)
 
 
-def _check_flags(flags: ModelFlags, critiques: Path | None, *, with_critique: bool, recorded: bool) -> None:
+def _check_flags(
+    flags: ModelFlags, critiques: Path | None, *, with_critique: bool, expected: bool, recorded: bool
+) -> None:
     if recorded and critiques is None:
         raise ConfigError("--recorded reads ratings: name their file with --critiques")
-    if recorded and (flags.name or with_critique):
-        raise ConfigError("--recorded calls nobody: leave out --model, --critic and --with-critique")
+    if recorded and (flags.name or with_critique or expected):
+        raise ConfigError("--recorded calls nobody: leave out --model, --critic, --with-critique and --expected")
     if with_critique and critiques is not None:
         raise ConfigError("either the judge writes a critique first (--with-critique) or it reads --critiques")
 
@@ -236,6 +252,7 @@ def _call(
     critiques: Sequence[Critique] | None,
     *,
     with_critique: bool,
+    expected: bool,
     template: Path | None,
     ledger: Ledger,
 ) -> tuple[list[Verdict], dict[str, Any]]:
@@ -252,6 +269,7 @@ def _call(
             cache=store,
             with_critique=with_critique,
             critiques=critiques,
+            expected=expected,
             template=template,
             retry_failed=flags.retry_failed,
             price=price_of(settings),
@@ -259,5 +277,5 @@ def _call(
             ledger=ledger,
             on_answer=lambda n: bar.update(task, advance=n, ledger=ledger.line()),
         )
-    own = {"with_critique": with_critique, "template": str(template or "")}
+    own = {"with_critique": with_critique, "expected": expected, "template": str(template or "")}
     return verdicts, settings.model_dump(mode="json", exclude={"template", "file", "samples"}) | own

@@ -3,11 +3,16 @@
 A list is put together again where it is counted (`benchmarks`), by the id up to the last `#`.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from critrm.dialects import Fields, bad_field, checked_text, literal_messages, text_field
+from critrm.store import Rows
 from critrm.types import SIDES
+
+RMB_LISTS = "rmb-lists"
+"""The dialect, only when asked for, that reads RMB's pairs as its best-of-n lists."""
 
 STYLES = ("concise", "detailed", "markdown")
 """RM-Bench's three styles of each response, from the plainest to the fanciest."""
@@ -91,6 +96,25 @@ def _rmb_best_of_n(row: Fields) -> list[Fields]:
     found = _chosen_against_rejected(prompt, [text_field(best, "answer")], rejected)
     own = {"id": row["bon_uid"]} if row.get("bon_uid") else {}
     return [fields | own | {"subset": row.get("category_path")} for fields in found]
+
+
+def rmb_lists(rows: Rows) -> Rows:
+    """RMB's pairs -> best-of-n lists: those with one conversation and one winner, if it has two losers or more.
+
+    A list stands where its first pair does, and has that pair's id.
+    """
+    lists: dict[str, tuple[int, Fields]] = {}
+    for number, row in rows:
+        prompt, best = row.get("conversation_input"), row.get("chosen")
+        answer = best.get("answer") if isinstance(best, dict) else best
+        new: Fields = row | {"bon_uid": row.get("pair_uid"), "bon_best": best, "loser_list": []}
+        _, found = lists.setdefault(json.dumps([prompt, answer], sort_keys=True), (number, new))
+        if row.get("reject") not in found["loser_list"]:
+            found["loser_list"].append(row.get("reject"))
+    for number, found in lists.values():
+        # A row that is no pair of RMB's is passed on: its reader says what is wrong with it.
+        if len(found["loser_list"]) > 1 or not isinstance(found["bon_best"], dict):
+            yield number, found
 
 
 def _holds_texts(value: object) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from critrm.answers import connection_reason, error_message, fatal_reason, read_body, retry_after
 from critrm.endpoints import Access, Endpoint, Endpoints, Pace, delay_before_retry
 from critrm.errors import ConfigError, CriticError
-from critrm.types import Message
+from critrm.types import Message, TokenChoice
 
 if TYPE_CHECKING:
     import openai
@@ -34,6 +34,8 @@ class Sampling:
     top_p: float = 1.0
     max_tokens: int = 256
     seed: int = 0
+    top_logprobs: int = 0
+    """How many of each token's likeliest alternatives come with the reply (`Reply.choices`), at most 20."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,8 @@ class Reply:
     finish_reason: str = ""
     seconds: float = 0.0
     failure: str = ""
+    choices: tuple[TokenChoice, ...] = ()
+    """The reply's tokens with their alternatives; empty unless asked for, and where the model does not say."""
 
 
 class Chat(Protocol):
@@ -293,7 +297,8 @@ class _Answer:
 
 def request_body(model: str, request: ChatRequest, sampling: Sampling, *, is_openai: bool) -> dict[str, Any]:
     """The body of `POST /chat/completions`."""
-    return {
+    wanted = {"logprobs": True, "top_logprobs": sampling.top_logprobs} if sampling.top_logprobs else {}
+    return wanted | {
         "model": model,
         "messages": [{"role": message.role, "content": message.content} for message in request.messages],
         "temperature": sampling.temperature,

@@ -13,6 +13,7 @@ from critrm.encoding import encode_chat
 from critrm.errors import ConfigError, ModelError
 from critrm.generation import Row, Writer, generate
 from critrm.llm import ChatRequest, Reply, Sampling
+from critrm.types import TokenChoice
 
 WINDOW = 4096
 """How many requests are drawn and sorted at a time: the two completions of a pair do not come one after the other."""
@@ -67,7 +68,8 @@ class LocalChat:
         if too_long:
             yield too_long
         for finished in generate(writer, rows, sampling=sampling, batch_size=self.batch_size):
-            yield [_reply(row, writer.tokenizer) for row in finished]
+            choices = _choices(writer, finished, sampling) if sampling.top_logprobs else {}
+            yield [_reply(row, writer.tokenizer, choices.get(row.id, ())) for row in finished]
 
 
 def _load(name: str, device: str | None, dtype: str) -> Writer:
@@ -89,8 +91,49 @@ def _load(name: str, device: str | None, dtype: str) -> Writer:
     return Writer(model, tokenizer, context, frozenset(stop_ids))
 
 
-def _reply(row: Row, tokenizer: PreTrainedTokenizerBase) -> Reply:
-    text = str(tokenizer.decode(row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def _choices(writer: Writer, rows: list[Row], sampling: Sampling) -> dict[str, tuple[TokenChoice, ...]]:
+    """The tokens of each reply with their alternatives, and of each digit what would follow a 1 in its place."""
+    tokenizer = writer.tokenizer
+    asked: list[Row] = []
+    places: list[tuple[str, int]] = []
+    for row in rows:
+        for index, token in enumerate(row.tokens):
+            alternatives = [each for each, _ in row.likeliest[index]]
+            one = next((each for each in alternatives if _decode(tokenizer, [each]).strip() == "1"), None)
+            prompt = [*row.prompt, *row.tokens[:index], *([] if one is None else [one])]
+            if one is not None and _decode(tokenizer, [token]).strip().isdecimal() and len(prompt) < writer.context:
+                asked.append(Row(str(len(places)), prompt, 1, 0))
+                places.append((row.id, index))
+    read = [row for done in generate(writer, asked, sampling=sampling, batch_size=len(asked)) for row in done]
+    after_one = {places[int(row.id)]: _named(tokenizer, row.likeliest[0]) for row in read}
+    return {
+        row.id: tuple(
+            TokenChoice(piece, _named(tokenizer, likeliest), after_one.get((row.id, index), ()))
+            for index, (piece, likeliest) in enumerate(zip(_pieces(tokenizer, row.tokens), row.likeliest, strict=False))
+        )
+        for row in rows
+    }
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
+    """The text that each token adds to those before it; one in the middle of a character adds none."""
+    texts = [""]
+    for end in range(1, len(tokens) + 1):
+        text = _decode(tokenizer, tokens[:end])
+        texts.append(texts[-1] if text.endswith("\ufffd") and end < len(tokens) else text)
+    return [text[len(before) :] for before, text in itertools.pairwise(texts)]
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, likeliest: list[tuple[int, float]]) -> tuple[tuple[str, float], ...]:
+    return tuple((_decode(tokenizer, [token]), logprob) for token, logprob in likeliest)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _reply(row: Row, tokenizer: PreTrainedTokenizerBase, choices: tuple[TokenChoice, ...]) -> Reply:
+    text = _decode(tokenizer, row.tokens)
     reason = row.finish_reason
     if not tokenizer.chat_template and NEXT_TURN in text:
         text, reason = text.partition(NEXT_TURN)[0], "stop"
@@ -101,5 +144,6 @@ def _reply(row: Row, tokenizer: PreTrainedTokenizerBase) -> Reply:
         n_completion_tokens=len(row.tokens),
         finish_reason=reason,
         seconds=row.seconds,
+        choices=choices,
         failure="" if text.strip() else "the model wrote nothing",
     )

@@ -7,10 +7,12 @@ Everything a stage makes lies in the run folder, so that the same command goes o
     augment/<set>/<critic>.jsonl, augment.json
     train/<critic>/learning-rate-*/, seed-*/
     evaluate/<critic>/seed-*/<test set>/
+    zero-label/<critic>/<test set>.jsonl
     results.json, results.md, seconds.json, manifest.json
 """
 
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -23,6 +25,7 @@ from rich.console import Console
 
 from critrm.augment import Augmented, Budget, augment_pairs, text_encoder, write_augmented
 from critrm.baselines import baselines
+from critrm.benchmarks import read_source
 from critrm.budget import Estimate, Ledger, Purse, estimates_table
 from critrm.calls import estimate_critiques, open_purse
 from critrm.config import CriticConfig, PairSource, Recipe, data_path, load_recipe
@@ -31,11 +34,10 @@ from critrm.critique import critique_with_progress
 from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.encoding import beginning
-from critrm.errors import DataError
+from critrm.errors import DataError, ModelError
 from critrm.evaluate import evaluate, read_scores
 from critrm.models import load_tokenizer
 from critrm.overlap import overlap_warning
-from critrm.preferences import read_pairs
 from critrm.result_tables import baselines_table, results_markdown, results_table
 from critrm.results import ArmScores, compare_arms
 from critrm.reward_model import RewardModel
@@ -50,8 +52,15 @@ from critrm.store import (
 )
 from critrm.sweep import choose_learning_rate, split_held_out
 from critrm.train import run_facts, train_reward_model
-from critrm.types import NO_CRITIC, Critique, CritiquedPair, PreferencePair, Score
+from critrm.types import NO_CRITIC, Critique, CritiquedPair, Outcome, PreferencePair, Score
+from critrm.work_sharing import claim, share_out
+from critrm.zero_label import zero_label_outcomes
 
+Sets = dict[str, tuple[PreferencePair, ...]]
+"""The training pairs and the test sets, by name."""
+
+LEARNING_RATES = "learning-rates.json"
+"""In a run's folder: arm -> learning rate, as soon as they are chosen."""
 TRAIN = "train"
 """The training pairs' name among the sets; the others are test sets."""
 
@@ -73,9 +82,10 @@ class Run:
         try:
             yield
         finally:
-            seconds = self.seconds()
-            seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
-            write_text(self.out / "seconds.json", json.dumps(seconds, indent=2) + "\n")
+            with claim(self.out / ".seconds", wait=True):
+                seconds = self.seconds()
+                seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
+                write_text(self.out / "seconds.json", json.dumps(seconds, indent=2) + "\n")
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent per stage so far, over all attempts."""
@@ -84,33 +94,63 @@ class Run:
         return found
 
 
-def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = None) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Run a recipe's stages in order, skipping what is finished, and return its results (`results.json`).
+
+    Several processes may run the same recipe in the same folder: they share its trainings.
+
+    Args:
+        recipe: the stages' settings.
+        out: the run's folder.
+        console: where progress is shown; nowhere when None.
 
     Raises:
         DataError: pairs or critiques cannot be read, or do not fit together.
         CriticError: a critic cannot be reached at all.
         ModelError: a model cannot be loaded.
     """
+    results = share_run(recipe, out=out, console=console)
+    assert results is not None
+    return results
+
+
+def share_run(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    learning_rates: Mapping[str, float] | None = None,
+    wait: bool = True,
+    console: Console | None = None,
+) -> dict[str, Any] | None:
+    """Do what other processes leave of a recipe's run, and return its results; None while others still train.
+
+    Args:
+        recipe: the stages' settings.
+        out: the run's folder.
+        learning_rates: arm -> learning rate; where given, none is chosen.
+        wait: for the others.
+        console: where progress is shown; nowhere when None.
+
+    Raises:
+        CritrmError: as `run_recipe` says.
+    """
     run, started = Run(recipe, Path(out), console or Console(quiet=True)), time.time()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    critics = complete_critics(recipe.critique, backbone=recipe.train.backbone)
-    sets = _read_sets(recipe)
-    for name, found in sets.items():
-        write_records(run.out / "preferences" / f"{name}.jsonl", found)
-        run.console.print(f"{name}: {len(found)} pairs", highlight=False)
-    pairs = [pair for found in sets.values() for pair in found]
-    for settings in critics.values():
-        check_critic(settings)
-    with CritiqueCache(default_cache_path()) as cache:
-        purse = open_purse(recipe.critique.max_cost, pairs, critics=critics, cache=cache)
-    critiques = {name: _critiques(run, name, critic, pairs, purse=purse) for name, critic in critics.items()}
-    augmented = _augment(run, sets, critiques)
-    rates = {critic: _learning_rate(run, arm) for critic, arm in augmented[TRAIN].arms.items()}
-    for seed in recipe.train.seeds:
-        for critic in augmented[TRAIN].arms:
-            _train_and_evaluate(run, sets, augmented, critic, seed=seed, rate=rates[critic])
-    results = _results(run, augmented, critiques, rates)
+    # What is wrong with the recipe is said before anything is written.
+    critics, sets = complete_critics(recipe.critique, backbone=recipe.train.backbone), _read_sets(recipe)
+    with claim(run.out, wait=True):
+        critiques, augmented = _prepare(run, critics, sets)
+    rates = _learning_rates(run, augmented[TRAIN], learning_rates or {})
+    write_text(run.out / LEARNING_RATES, json.dumps(rates, indent=2) + "\n")
+    if not _train_and_evaluate_all(run, sets, augmented, rates, wait=wait):
+        return None
+    with claim(run.out, wait=True):
+        results = _results(run, augmented, critiques, rates)
     inputs = [data_path(source.path) for source in _sources(recipe).values()]
     write_manifest(
         run.out,
@@ -121,6 +161,23 @@ def run_recipe(recipe: Recipe, *, out: str | Path, console: Console | None = Non
         cost=sum(ledger.cost + ledger.cost_cached for ledger in run.ledgers.values()),
     )
     return results
+
+
+def _prepare(
+    run: Run, critics: Mapping[str, CriticConfig], sets: Sets
+) -> tuple[dict[str, list[Critique]], dict[str, Augmented]]:
+    """Each critic's critiques of the pairs, and the arms that they make."""
+    recipe = run.recipe
+    for name, found in sets.items():
+        write_records(run.out / "preferences" / f"{name}.jsonl", found)
+        run.console.print(f"{name}: {len(found)} pairs", highlight=False)
+    pairs = [pair for found in sets.values() for pair in found]
+    for settings in critics.values():
+        check_critic(settings)
+    with CritiqueCache(default_cache_path()) as cache:
+        purse = open_purse(recipe.critique.max_cost, pairs, critics=critics, cache=cache)
+    critiques = {name: _critiques(run, name, critic, pairs, purse=purse) for name, critic in critics.items()}
+    return critiques, _augment(run, sets, critiques)
 
 
 def estimate_recipe(recipe: Recipe) -> list[Estimate]:
@@ -143,21 +200,11 @@ def _sources(recipe: Recipe) -> dict[str, PairSource]:
     return {TRAIN: recipe.preferences.train} | dict(recipe.preferences.test)
 
 
-def _read_sets(recipe: Recipe) -> dict[str, tuple[PreferencePair, ...]]:
-    sets: dict[str, tuple[PreferencePair, ...]] = {}
+def _read_sets(recipe: Recipe) -> Sets:
+    sets: Sets = {}
     owner: dict[str, str] = {}
     for name, source in _sources(recipe).items():
-        found = read_pairs(
-            str(data_path(source.path)),
-            dialect=source.dialect,
-            split=source.split,
-            source=source.source,
-            subset=source.subset,
-            limit=source.limit,
-            skip_bad=source.skip_bad,
-            # A benchmark's published counts include them.
-            allow_empty=name != TRAIN and source.benchmark != "pairs",
-        )
+        found = read_source(source, for_training=name == TRAIN)
         for pair in found.pairs:
             if owner.setdefault(pair.id, name) != name:
                 raise DataError(
@@ -209,15 +256,39 @@ def _augment(
     return augmented
 
 
-def _learning_rate(run: Run, arm: Sequence[CritiquedPair]) -> float:
+def _learning_rates(run: Run, train: Augmented, given: Mapping[str, float]) -> dict[str, float]:
+    """Each arm's learning rate: the one given, the only one of the recipe, or the best on held-out pairs."""
     config = run.recipe.train
-    if len(config.learning_rates) == 1:
-        return config.learning_rates[0]
-    folder = run.out / TRAIN / file_name(arm[0].critic)
-    with run.timed("learning rates"):
-        return choose_learning_rate(
-            arm, config, out=folder, max_length=run.recipe.augment.max_length, console=run.console
+
+    def choose(arm: Sequence[CritiquedPair], folder: Path) -> float:
+        if rate := given.get(arm[0].critic):
+            return rate
+        if len(config.learning_rates) == 1:
+            return config.learning_rates[0]
+        with run.timed("learning rates"):
+            return choose_learning_rate(
+                arm, config, out=folder, max_length=run.recipe.augment.max_length, console=run.console
+            )
+
+    folders = {critic: run.out / TRAIN / file_name(critic) for critic in train.arms}
+    rates = share_out(
+        {folder: functools.partial(choose, train.arms[critic], folder) for critic, folder in folders.items()}
+    )
+    return {critic: rates[folder] for critic, folder in folders.items()}
+
+
+def _train_and_evaluate_all(
+    run: Run, sets: Sets, augmented: Mapping[str, Augmented], rates: Mapping[str, float], *, wait: bool
+) -> bool:
+    """Whether all are trained and evaluated; not where others are at it and it is not waited for them."""
+    tasks = {
+        run.out / "evaluate" / file_name(critic) / f"seed-{seed}": functools.partial(
+            _train_and_evaluate, run, sets, augmented, critic, seed=seed, rate=rates[critic]
         )
+        for seed in run.recipe.train.seeds
+        for critic in augmented[TRAIN].arms
+    }
+    return len(share_out(tasks, wait=wait)) == len(tasks)
 
 
 def _train_and_evaluate(
@@ -284,6 +355,7 @@ def _results(
         pairs = [item.pair for item in augmented[name].arms[NO_CRITIC]]
         nulls = {
             critic: baselines(augmented[TRAIN].arms[critic], items, critiques=critiques.get(critic, ()))
+            | _zero_label(run, name, items)
             for critic, items in augmented[name].arms.items()
         }
         tests[name] = compare_arms(pairs, arms, benchmark=source.benchmark, baselines=nulls)
@@ -301,6 +373,27 @@ def _results(
     write_text(run.out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_text(run.out / "results.md", results_markdown(results))
     return results
+
+
+def _zero_label(run: Run, name: str, items: Sequence[CritiquedPair]) -> dict[str, list[Outcome]]:
+    """What the untrained backbone reads in an arm of a test set; nothing where it cannot be asked, which is said."""
+    recipe, critic = run.recipe, items[0].critic
+    if not recipe.evaluate.zero_label:
+        return {}
+    try:
+        with run.timed(f"zero-label {critic}"):
+            return zero_label_outcomes(
+                items,
+                backbone=recipe.train.backbone,
+                max_length=recipe.augment.max_length,
+                max_tokens_per_step=recipe.evaluate.max_tokens_per_step,
+                path=run.out / "zero-label" / file_name(critic) / f"{name}.jsonl",
+                console=run.console,
+            )
+    except (ModelError, DataError) as error:
+        # All is trained and scored by now: a backbone that cannot be asked costs a row of the table, not the run.
+        run.console.print(f"no zero-label baseline for {critic}: {error}", style="yellow", markup=False)
+        return {}
 
 
 def _seed_scores(run: Run, critic: str, name: str, source: PairSource) -> list[list[Score]]:

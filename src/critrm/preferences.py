@@ -17,7 +17,7 @@ from rich.text import Text
 from critrm.critique_files import critiqued_pairs
 from critrm.dialects import DIALECTS, Fields, NoPreference, bad_field, checked_text, text_field
 from critrm.errors import ConfigError, DataError
-from critrm.list_dialects import LIST_DIALECTS
+from critrm.list_dialects import LIST_DIALECTS, RMB_LISTS, rmb_lists
 from critrm.store import Rows, read_rows, write_records
 from critrm.types import RATINGS, SIDES, PreferencePair, Rating
 
@@ -60,7 +60,8 @@ def read_pairs(
 
     Args:
         path: a JSONL, JSON or Parquet file (`.gz` too), or a hub id `owner/name`.
-        dialect: one of `DIALECTS` or `LIST_DIALECTS`; `auto` goes by the columns of the first row.
+        dialect: one of `DIALECTS` or `LIST_DIALECTS`, or `rmb-lists`, which makes lists of RMB's pairs; `auto` goes by
+            the columns of the first row.
         split: only rows of these splits, comma separated; of a hub id, the splits to load (`train` by default).
         source: only rows of these sources, comma separated.
         subset: only rows of these subsets, comma separated.
@@ -73,8 +74,8 @@ def read_pairs(
         DataError: a row cannot be used; names file, line and field. Or no pair is left.
         ConfigError: no such dialect, or a limit below 1.
     """
-    if dialect not in ("auto", *DIALECTS, *LIST_DIALECTS):
-        raise ConfigError(f"no dialect {dialect!r}; there is auto, {', '.join([*DIALECTS, *LIST_DIALECTS])}")
+    if dialect not in (known := ("auto", *DIALECTS, *LIST_DIALECTS, RMB_LISTS)):
+        raise ConfigError(f"no dialect {dialect!r}; there is {', '.join(known)}")
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit must be at least 1, not {limit}")
     skipped: list[SkippedRow] = []
@@ -88,6 +89,8 @@ def read_pairs(
     pairs: dict[str, PreferencePair] = {}
     n_filtered = 0
     rows = _rows(str(path), _names(split), on_bad)
+    if dialect == RMB_LISTS:
+        rows, dialect = rmb_lists(rows), "rmb-best-of-n"
     filters = {"split": _names(split), "source": _names(source), "subset": _names(subset)}
     for number, row in rows:
         if dialect == "auto":

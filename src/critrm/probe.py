@@ -49,16 +49,6 @@ class ProbeResult:
     """Its p-value, adjusted for the number of probes of the group."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CriticMatrix:
-    """Accuracy by the critic of training (rows) and the critic of the test (columns)."""
-
-    accuracy: dict[str, dict[str, Tally]]
-    lost: dict[str, dict[str, Difference | None]]
-    """Accuracy with the critic of training minus accuracy with the critic of the test."""
-    warnings: tuple[str, ...]
-
-
 def swapped(items: Sequence[CritiquedPair]) -> list[CritiquedPair]:
     """Each completion with the critique of the other."""
     return [
@@ -214,46 +204,3 @@ def probe_table(results: Mapping[str, Mapping[str, ProbeResult]]) -> Table:
                 f"{each.p_holm:.2g}" if each.p_holm is not None else "",
             )
     return table
-
-
-def critic_matrix(
-    models: Mapping[str, Scorer], arms: Mapping[str, Sequence[CritiquedPair]], *, max_tokens_per_step: int = 4096
-) -> CriticMatrix:
-    """Score every critic's critiques with every critic's model: what a mismatch between training and test costs.
-
-    Args:
-        models: critic of training -> its reward model.
-        arms: critic of the test -> critiqued pairs; all over the same pairs in the same order.
-        max_tokens_per_step: how many tokens are computed at once.
-
-    Raises:
-        DataError: the arms differ in their pairs, or there is none.
-    """
-    ids = {critic: [item.pair.id for item in items] for critic, items in arms.items()}
-    if not ids or any(each != next(iter(ids.values())) for each in ids.values()):
-        raise DataError("a matrix of critics needs arms over the same pairs in the same order")
-    accuracy: dict[str, dict[str, Tally]] = {}
-    lost: dict[str, dict[str, Difference | None]] = {}
-    warnings = []
-    for trained, model in models.items():
-        scored = {critic: _scored(model, items, max_tokens_per_step) for critic, items in arms.items()}
-        rows = {critic: [score.outcome for score in scores] for critic, scores in scored.items()}
-        accuracy[trained] = {critic: tally(row) for critic, row in rows.items()}
-        own = rows.get(trained)
-        lost[trained] = {
-            critic: None
-            if own is None or critic == trained
-            else paired_difference([correctness(own)], [correctness(row)])
-            for critic, row in rows.items()
-        }
-        warnings += [
-            _mismatch(trained, critic, each) for critic, each in lost[trained].items() if each and each.value > 0
-        ]
-    return CriticMatrix(accuracy=accuracy, lost=lost, warnings=tuple(warnings))
-
-
-def _mismatch(trained: str, critic: str, lost: Difference) -> str:
-    return (
-        f"the model trained with critiques by {trained!r} loses {lost.value:.3f} [{lost.low:+.2f}, {lost.high:+.2f}] "
-        f"(p {lost.p_value:.2g}) on critiques by {critic!r}: use one critic for training and test (section 4.2)"
-    )

@@ -45,6 +45,7 @@ def ask(
     price: Price | None = None,
     purse: Purse | None = None,
     ledger: Ledger | None = None,
+    score_of: Callable[[Reply], float | None] | None = None,
     on_answer: Callable[[int], None] | None = None,
 ) -> list[Critique]:
     """Have a model answer questions.
@@ -59,6 +60,7 @@ def ask(
         price: what the model's tokens cost.
         purse: the limit on what may be spent; it needs a price.
         ledger: is kept of the calls.
+        score_of: a number that only the reply's token probabilities give; stored as the answer's `score`.
         on_answer: is told how many questions each answer settles, as it becomes known.
 
     Returns:
@@ -111,6 +113,8 @@ def ask(
             prompt_version=question.template_version,
             price=price,
         )
+        if score_of and not answer.failure:
+            answer = replace(answer, score=score_of(reply))
         cache.put(answer)
         if purse:
             purse.settle(reply.id, answer.cost, unsure=answer.failure.startswith(MAYBE_BILLED))
@@ -140,6 +144,8 @@ def _key(question: Question, model: str, sampling: Sampling) -> str:
     # The same form as a critique's, so that a template used as either is paid for once.
     # 1 and 1.0 are the same temperature, but not the same text.
     facts = [float(sampling.temperature), float(sampling.top_p), sampling.max_tokens, sampling.seed]
+    # A stored answer of a call that asked for no probabilities has none.
+    facts += [sampling.top_logprobs] if sampling.top_logprobs else []
     texts = [[message.role, message.content] for message in question.messages]
     return content_hash(model, facts, question.template_version, texts)
 

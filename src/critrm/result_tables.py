@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from critrm.baselines import ZERO_LABEL_NULLS
 from critrm.results import ALL, baseline_notes
 from critrm.types import NO_CRITIC
 
@@ -20,13 +21,15 @@ def results_table(results: Mapping[str, Any]) -> Table:
         f"{results['n_train']} training pairs, {seeds} seed{'s' if seeds > 1 else ''}; [95 % intervals]; difference "
         "from no critiques and p: paired" + ("; ± standard deviation over seeds" if seeds > 1 else "")
     )
-    table = _table("Strict accuracy by test set", caption, ("test set, and its arms", "accuracy", "difference", "p"))
+    table = number_table(
+        "Strict accuracy by test set", caption, ("test set, and its arms", "accuracy", "difference", "p")
+    )
     for test, groups in results["tests"].items():
         for label, group in groups.items():
             style = "bold" if label == ALL else ""
             table.add_row(Text(f"{test if label == ALL else label}, {group['n']} pairs", style))
             for critic, arm in group["arms"].items():
-                accuracy, difference, p_value = _cells(arm)
+                accuracy, difference, p_value = accuracy_cells(arm)
                 name = Text(f" {_name(critic)}")
                 if critic == NO_CRITIC:
                     table.add_row(name, Text(accuracy, style))
@@ -42,21 +45,31 @@ def _name(critic: str) -> str:
 
 def baselines_table(results: Mapping[str, Any]) -> Table | None:
     """Null baselines below each arm, over all pairs of each test set, for the terminal; None where there are none."""
-    caption = "\n".join(["arm minus null and p: paired", *baseline_notes(results["tests"])])
-    table = _table("What reads no meaning gets", caption, ("arm, and its nulls", "accuracy", "arm minus null", "p"))
+    untrained = "; untrained: the backbone's own reading, without a label" if _asks_backbone(results) else ""
+    caption = "\n".join([f"arm minus null and p: paired{untrained}", *baseline_notes(results["tests"])])
+    table = number_table("Null baselines", caption, ("arm, and its nulls", "accuracy", "arm minus null", "p"))
     for test, groups in results["tests"].items():
         for critic, nulls in groups[ALL].get("baselines", {}).items():
             table.add_row(
-                Text(f"{test}, {_name(critic)}", "bold"), Text(_cells(groups[ALL]["arms"][critic])[0], "bold"), "", ""
+                Text(f"{test}, {_name(critic)}", "bold"),
+                Text(accuracy_cells(groups[ALL]["arms"][critic])[0], "bold"),
+                "",
+                "",
             )
             for null, found in nulls.items():
                 if found["mean"] is not None:
-                    table.add_row(Text(f" {null}"), *map(Text, _cells(found)))
+                    table.add_row(Text(f" {null}"), *map(Text, accuracy_cells(found)))
             table.add_section()
     return table if table.row_count else None
 
 
-def _table(title: str, caption: str, titles: Sequence[str]) -> Table:
+def _asks_backbone(results: Mapping[str, Any]) -> bool:
+    arms = (nulls for groups in results["tests"].values() for nulls in groups[ALL].get("baselines", {}).values())
+    return any(name in nulls for nulls in arms for name in ZERO_LABEL_NULLS)
+
+
+def number_table(title: str, caption: str, titles: Sequence[str]) -> Table:
+    """An empty table for the terminal whose first column is text and whose others are numbers, kept whole."""
     # Without lines between columns, so that three arms fit into 80 columns; texts as `Text`, never as markup.
     table = Table(title=title, caption=Text(caption), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in titles:
@@ -76,7 +89,7 @@ def _arms(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
         for label, group in groups.items():
             row = [test if label == ALL else f"  {label}", str(group["n"])]
             for critic in critics:
-                row += _cells(group["arms"][critic])[: 1 if critic == NO_CRITIC else 3]
+                row += accuracy_cells(group["arms"][critic])[: 1 if critic == NO_CRITIC else 3]
             rows.append(row)
     return titles, rows
 
@@ -96,11 +109,11 @@ def _nulls(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
 
 
 def _null(name: str, found: Mapping[str, Mapping[str, Any]], critics: Sequence[str]) -> _Row:
-    cells = (_cells(found.get(critic, {}).get(name, {"mean": None})) for critic in critics)
+    cells = (accuracy_cells(found.get(critic, {}).get(name, {"mean": None})) for critic in critics)
     return [f"  {name}", *(cell for each in cells for cell in each)]
 
 
-def _cells(arm: Mapping[str, Any]) -> _Row:
+def accuracy_cells(arm: Mapping[str, Any]) -> _Row:
     """Accuracy with its interval, the difference with its interval, and its p-value."""
     if arm["mean"] is None:
         return ["-"] * 3
@@ -142,7 +155,7 @@ def results_markdown(results: Mapping[str, Any]) -> str:
     """A run's results as Markdown tables with their keys."""
     rates = ", ".join(f"{critic} {rate:g}" for critic, rate in results["learning_rates"].items())
     lines = [
-        *_markdown(*_arms(results)),
+        *markdown_table(*_arms(results)),
         "",
         f"{results['n_train']} training pairs, backbone {results['backbone']}, seeds {results['seeds']}, "
         f"learning rates: {rates}. "
@@ -154,12 +167,14 @@ def results_markdown(results: Mapping[str, Any]) -> str:
         "",
     ]
     titles, rows = _nulls(results)
+    asks = _asks_backbone(results)
     if rows:
         lines += [
-            *_markdown(titles, rows),
+            *markdown_table(titles, rows),
             "",
-            "Null baselines read no meaning. Each arm's column has the baseline's accuracy, how much better the arm is "
-            "than it, and p of that.",
+            "Null baselines read no meaning"
+            + (", or (untrained) are what the backbone says before it has seen a label" if asks else "")
+            + ". Each arm's column has the baseline's accuracy, how much better the arm is than it, and p of that.",
             "",
             *(f"- {note}\n" for note in baseline_notes(results["tests"])),
         ]
@@ -171,7 +186,8 @@ def results_markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown(titles: _Row, rows: Sequence[_Row]) -> Iterator[str]:
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a Markdown table; the first column is text, the others are numbers."""
     yield "| " + " | ".join(titles) + " |"
     yield "|" + "|".join("---" if index == 0 else "---:" for index in range(len(titles))) + "|"
     for row in rows:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from critrm.baselines import CRITIQUE_NULLS, CRITIQUES_ONLY
+from critrm.baselines import CRITIQUE_NULLS, CRITIQUES_ONLY, ZERO_LABEL_NULLS
 from critrm.benchmarks import BENCHMARKS
 from critrm.errors import DataError
 from critrm.metrics import correctness, half_credit, holm, n_scored, paired_difference, seed_spread, tally
@@ -52,7 +52,7 @@ def compare_arms(
         if critic in by_arm
     }
     groups = {}
-    for label, (kind, members) in _groups(pairs, benchmark).items():
+    for label, (kind, members) in groups_of(pairs, benchmark).items():
         groups[label] = {"kind": kind, **_group(members, by_arm)}
         groups[label]["baselines"] = {
             critic: {name: _baseline(members, by_arm[critic], found) for name, found in each.items()}
@@ -81,7 +81,7 @@ def _by_position(outcomes: Sequence[Outcome], pairs: Sequence[PreferencePair], n
     return {pair.id: outcome for pair, outcome in zip(pairs, outcomes, strict=True)}
 
 
-def _groups(pairs: Sequence[PreferencePair], benchmark: str) -> dict[str, tuple[str, list[str]]]:
+def groups_of(pairs: Sequence[PreferencePair], benchmark: str) -> dict[str, tuple[str, list[str]]]:
     """Label -> kind and pair ids: all pairs; with several subsets, sections that span some of them, and each subset."""
     table = BENCHMARKS[benchmark]
     by_subset: dict[str, list[str]] = {}
@@ -108,21 +108,39 @@ def _group(members: list[str], by_arm: Mapping[str, list[dict[str, Score]]]) -> 
     right = {critic: [correctness(seed) for seed in seeds] for critic, seeds in outcomes.items()}
     arms = {}
     for critic, seeds in outcomes.items():
-        tallies = [tally(seed) for seed in seeds]
-        spread = seed_spread([each.accuracy.value for each in tallies if each.accuracy])
-        halves = [half for each in tallies if (half := half_credit(each)) is not None]
         is_compared = critic != NO_CRITIC and NO_CRITIC in right
         arms[critic] = {
-            "mean": spread.mean if spread else None,
-            "std": spread.std if spread else None,
-            "half": sum(halves) / len(halves) if halves else None,
-            "by_seed": [each.accuracy.value if each.accuracy else None for each in tallies],
-            **_interval(spread.mean if spread else None, max(n_scored(each) for each in tallies)),
-            "n_tie": sum(each.n_tie for each in tallies),
-            "n_unscored": sum(each.n_unscored for each in tallies),
+            **accuracy_over_seeds(seeds),
             "difference": _difference(right[critic], right[NO_CRITIC]) if is_compared else None,
         }
     return {"n": len(members), "arms": arms}
+
+
+def accuracy_over_seeds(seeds: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
+    """Strict accuracy of one row of outcomes per seed on the same pairs, as `compare_arms` gives it for an arm."""
+    tallies = [tally(seed) for seed in seeds]
+    spread = seed_spread([each.accuracy.value for each in tallies if each.accuracy])
+    halves = [half for each in tallies if (half := half_credit(each)) is not None]
+    return {
+        "mean": spread.mean if spread else None,
+        "std": spread.std if spread else None,
+        "half": sum(halves) / len(halves) if halves else None,
+        "by_seed": [each.accuracy.value if each.accuracy else None for each in tallies],
+        **_interval(spread.mean if spread else None, max(n_scored(each) for each in tallies)),
+        "n_tie": sum(each.n_tie for each in tallies),
+        "n_unscored": sum(each.n_unscored for each in tallies),
+    }
+
+
+def same_models_difference(a: Sequence[Sequence[Outcome]], b: Sequence[Sequence[Outcome]]) -> dict[str, float] | None:
+    """How much more accurate the same models (one row of outcomes per seed) are on `a` than on `b`, the same pairs.
+
+    As between arms (`metrics.paired_difference`), but seeds are paired as well: each model is compared with itself.
+    None where nothing is scored.
+    """
+    right = [(correctness(x), correctness(y)) for x, y in zip(a, b, strict=True)]
+    gains = [[x - y for x, y in zip(*seed, strict=True)] for seed in right]
+    return _difference(gains, [[0.0] * len(gains[0])] if gains else [])
 
 
 def _difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> dict[str, float] | None:
@@ -149,7 +167,7 @@ def _baseline(
 
 
 def baseline_notes(tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """In words, where an arm that reads critiques does not beat what its critiques give away unread.
+    """In words, where an arm does not beat what its critiques give away unread, or to the untrained backbone.
 
     Args:
         tests: test set -> what `compare_arms` returned.
@@ -166,18 +184,22 @@ def baseline_notes(tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
                         f"{where}: {critic} was not compared with a bag of words over its critiques, which needs the "
                         "arm's training pairs and `pip install 'critrm[eval]'`."
                     )
-                lost = [
-                    f"{name} ({found[name]['mean']:.3f}, p {found[name]['difference']['p_value']:.2g})"
-                    for name in CRITIQUE_NULLS
-                    if name in found and not _beats(found[name]["difference"])
-                ]
-                if lost:
-                    mean = group["arms"][critic]["mean"]
-                    notes.append(
-                        f"{where}: {critic} ({mean:.3f}) does not beat {', '.join(lost)}. It may have learnt no more "
-                        "than how critics word praise and blame."
-                    )
+                for names, meaning in (
+                    (CRITIQUE_NULLS, "It may have learnt no more than how critics word praise and blame."),
+                    (ZERO_LABEL_NULLS, "Its training pairs may have taught it nothing that its backbone did not know."),
+                ):
+                    if lost := _not_beaten(found, names):
+                        mean = group["arms"][critic]["mean"]
+                        notes.append(f"{where}: {critic} ({mean:.3f}) does not beat {lost}. {meaning}")
     return notes
+
+
+def _not_beaten(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
+    return ", ".join(
+        f"{name} ({found[name]['mean']:.3f}, p {found[name]['difference']['p_value']:.2g})"
+        for name in names
+        if name in found and not _beats(found[name]["difference"])
+    )
 
 
 def _beats(difference: Mapping[str, float] | None) -> bool:

@@ -32,7 +32,7 @@ from critrm.batching import (
     token_batches,
 )
 from critrm.encoding import beginning
-from critrm.errors import DataError
+from critrm.errors import DataError, ModelError
 from critrm.store import content_hash, from_json, write_text
 from critrm.types import NO_CRITIC, CritiquedPair, Message, Score
 
@@ -61,21 +61,24 @@ class RewardModel:
         self._bos = beginning(tokenizer)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | None = None, precision: str = "auto") -> Self:
+    def load(
+        cls, folder: str | Path, *, critic: str | None = None, device: str | None = None, precision: str = "auto"
+    ) -> Self:
         """Load a trained reward model.
 
         Args:
-            folder: a folder that `critrm train` wrote, a run's model folder, or a hub id of any one-label classifier.
+            folder: a model's folder, that of the run which trained it, or a hub id of any one-label classifier.
+            critic: which model of a run that trained several: the one that reads this critic's critiques.
             device: `cpu`, `cuda`, ...; the best there is when None.
             precision: `fp32`, `bf16`, or `auto` (bf16 where the hardware computes in it). In bf16 the weights of matrix
                 products are kept in bf16 alone; the head and what is added up between the layers stay in fp32.
 
         Raises:
-            ModelError: there is no model, or it has more than one label.
+            ModelError: there is no model, or several, or it has more than one label.
         """
-        reads = _read_facts(str(folder))
-        model, tokenizer = load_classifier(str(folder))
-        loaded = cls(model, tokenizer, reads, name=str(folder))
+        name = _model_folder(str(folder), critic)
+        model, tokenizer = load_classifier(name)
+        loaded = cls(model, tokenizer, _read_facts(name), name=name)
         device = device or models.choose_device()
         loaded.precision = models.choose_precision(device) if precision == "auto" else precision
         loaded.model.train(False)
@@ -274,6 +277,21 @@ class RewardModel:
         folder = Path(folder)
         save_classifier(self.model, self.tokenizer, folder)
         write_text(folder / "critrm.json", json.dumps(asdict(self.reads), indent=2) + "\n")
+
+
+def _model_folder(name: str, critic: str | None) -> str:
+    """The folder of the model itself, where that of a run, of an arm or of a seed is named; else the name as it is."""
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return name
+    places = ("model", "seed-*/model", "train/*/seed-*/model")
+    found = [str(file.parent) for place in places for file in sorted(folder.glob(f"{place}/config.json"))]
+    if len(found) > 1 and critic is not None:
+        found = [each for each in found if _read_facts(each).critic == critic] or found
+    if len(found) > 1:
+        shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+        raise ModelError(f"{name}: holds {len(found)} reward models; name one of them: {shown}")
+    return found[0] if found else name
 
 
 def _read_facts(name: str) -> Reads:

@@ -117,6 +117,18 @@ class Score:
         return Outcome.RIGHT if self.chosen > self.rejected else Outcome.WRONG
 
 
+@dataclass(frozen=True, slots=True)
+class TokenChoice:
+    """One token of a reply, and what else the model might have written there."""
+
+    text: str
+    """What the token adds to the reply; empty in the middle of a character."""
+    likeliest: tuple[tuple[str, float], ...]
+    """The likeliest tokens and the logarithms of their probabilities."""
+    after_one: tuple[tuple[str, float], ...] = ()
+    """Of a digit, where it is known: the likeliest tokens behind a `1` in its place, which tell 1 from 10."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What a judge says about one completion (section 5.3); `judge.verdict_scores` puts a pair's two together."""
@@ -126,6 +138,8 @@ class Verdict:
     likert: float | None
     """The rating, 0 to 10; None is unscored."""
     judge: str
+    rating: float | None = None
+    """The rating as the reply has it, where `likert` is the expected one; else None."""
     critique: str = ""
     """What the judge wrote before the rating, or the critique that it was given; empty for a rating alone."""
     reply: str = ""

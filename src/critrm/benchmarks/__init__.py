@@ -3,10 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from critrm.benchmarks import best_of_n, judgebench, llmbar, pandalm, rewardbench, rewardbench2, rmbench
+from critrm.config import PairSource, data_path
 from critrm.errors import ConfigError, DataError
+from critrm.list_dialects import RMB_LISTS
 from critrm.metrics import section_scores, tally
+from critrm.preferences import PairSet, read_pairs
 from critrm.types import EvalResult, Outcome, PreferencePair, Score
 
 NO_SUBSET = "(no subset)"
@@ -94,6 +99,34 @@ def find_benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise ConfigError(f"no benchmark {name!r}; there is {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
+
+
+def read_benchmark(path: str | Path, *, benchmark: str, **options: Any) -> PairSet:
+    """Read pairs to be evaluated by a benchmark, as `read_pairs` does and with its options.
+
+    Empty completions and identical pairs are kept, since published counts hold them, except for `pairs`. Where lists
+    are counted, RMB's pairs are read as its lists.
+    """
+    options["allow_empty"] = benchmark != "pairs"
+    if find_benchmark(benchmark).counts_lists and read_pairs(path, **options | {"limit": 1}).dialect == "rmb":
+        options["dialect"] = RMB_LISTS
+    return read_pairs(path, **options)
+
+
+def read_source(source: PairSource, *, for_training: bool = False) -> PairSet:
+    """Read the pairs that a recipe names.
+
+    Args:
+        source: which pairs.
+        for_training: they are no benchmark's, and have to be usable.
+
+    Raises:
+        DataError: a row cannot be used; names file, line and field. Or no pair is left.
+        ConfigError: a variable in the path is not set, or there is no such dialect or benchmark.
+    """
+    options = {name: getattr(source, name) for name in ("dialect", "split", "source", "subset", "limit", "skip_bad")}
+    path = str(data_path(source.path))
+    return read_benchmark(path, benchmark="pairs" if for_training else source.benchmark, **options)
 
 
 def summarise(

@@ -57,14 +57,12 @@ N_PAIRS: dict[str, int] = {
 }
 """Pairs in each subset of the released data; their sums are Table 1 of the paper."""
 
-EXAMPLE_COUNTS: dict[str, int] = N_PAIRS | {
-    # 447 pairs, weighted as much as the six code subsets together (6 x 164).
-    "math-prm": 984,
-    # The official table has these two the other way round than the data; kept, so that Safety matches the leaderboard.
-    "xstest-should-refuse": 250,
-    "xstest-should-respond": 154,
-}
-"""The weight of each subset's accuracy inside its section, as the official scorer has it."""
+EXAMPLE_COUNTS: dict[str, int] = N_PAIRS | {"math-prm": 984}
+"""The official weight of each subset inside its section: its pairs, but math as much as all code (6 x 164).
+
+Until September 2024 the official table gave XSTest's two subsets each other's weight. The Safety of results from before
+is ours plus (should-refuse - should-respond) * 96 / 740.
+"""
 
 HEADLINE = "average of the four sections"
 

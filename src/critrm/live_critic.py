@@ -1,0 +1,268 @@
+"""A critic that answers while somebody waits: each call once, from the cache where it can be, within a deadline."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from critrm.budget import Price
+from critrm.calls import reply_record
+from critrm.config import CriticConfig
+from critrm.critics import open_chat, price_of, sampling_of
+from critrm.critique_cache import CritiqueCache
+from critrm.endpoints import delay_before_retry
+from critrm.errors import CritrmError, StorageError
+from critrm.llm import Chat, ChatRequest, Reply, Sampling
+from critrm.prompts import critique_messages, load_template
+from critrm.store import content_hash
+from critrm.types import Critique, Message
+
+_log = logging.getLogger(__name__)
+
+UNAVAILABLE = "critic unavailable"
+"""The failure of a call to a critic that cannot be used at all; the log says why."""
+PASSING = ("timeout", "connection", "http 408", "http 429", "http 5", "invalid JSON", "HTML", "no choices", UNAVAILABLE)
+"""How failures begin that another call may not have. A refusal or an empty reply would come again."""
+LOCAL_BATCH = 128
+"""A model in this process writes so many critiques at once."""
+
+
+@dataclass(slots=True)
+class CriticStats:
+    """What has become of the critiques that were asked for."""
+
+    n_answered: int = 0
+    n_cached: int = 0
+    n_shared: int = 0
+    """Asked for while the same call was under way."""
+    n_failed: int = 0
+    n_retried: int = 0
+    n_under_way: int = 0
+    cost: float = 0.0
+    """US dollars."""
+    seconds: float = 0.0
+    """Of all calls that were answered."""
+
+
+@dataclass(slots=True)
+class _Call:
+    key: str
+    messages: tuple[Message, ...]
+    until: float
+    """The loop's time after which nobody waits any more."""
+    done: "asyncio.Future[Critique]"
+    expiry: asyncio.TimerHandle | None = None
+    n_tries: int = 0
+
+
+@dataclass(slots=True)
+class _LoopState:
+    """What belongs to one event loop; another one (a second `asyncio.run`) starts afresh."""
+
+    loop: asyncio.AbstractEventLoop
+    calls: dict[str, _Call] = field(default_factory=dict)
+    queue: deque[_Call] = field(default_factory=deque)
+    tasks: set["asyncio.Task[None]"] = field(default_factory=set)
+    n_free: int = 0
+    n_streams: int = 0
+
+
+class LiveCritic:
+    """Writes a critique of one completion at a time, for many callers at once."""
+
+    def __init__(
+        self,
+        chat: Chat,
+        *,
+        critic: str,
+        sampling: Sampling,
+        cache: CritiqueCache,
+        template: str | Path = "critique",
+        price: Price | None = None,
+        concurrency: int = 16,
+        n_streams: int | None = None,
+        deadline: float = 120.0,
+        retries: int = 1,
+    ) -> None:
+        """Nothing is called yet.
+
+        Args:
+            chat: the critic's model.
+            critic: its name.
+            sampling: how critiques are drawn; part of a call's key.
+            cache: answered calls, those of `critrm critique` too; they are not made again.
+            template: Appendix A's, or a file of your own.
+            price: what tokens cost.
+            concurrency: calls under way at once.
+            n_streams: streams of the chat under way at once; any number when None, 1 for a model in this process.
+            deadline: seconds after which a critique is given up, waiting for a free place included.
+            retries: how often a call that failed is made again, beyond what the chat does by itself; only failures
+                that may pass, and within the deadline.
+
+        Raises:
+            ConfigError: the template cannot be used.
+        """
+        self.chat, self.critic, self.sampling, self.cache, self.price = chat, critic, sampling, cache, price
+        self.concurrency, self.n_streams = concurrency, n_streams
+        self.deadline, self.retries = deadline, retries
+        self.stats = CriticStats()
+        self._template = load_template(template, needs=("conversation", "response"))
+        self._of_loop: _LoopState | None = None
+
+    @classmethod
+    def open(
+        cls, settings: CriticConfig, *, critic: str, cache: CritiqueCache, deadline: float = 120.0, retries: int = 1
+    ) -> "LiveCritic":
+        """A critic from its complete settings (`critics.complete_critic`).
+
+        Raises:
+            ConfigError: the settings do not fit together.
+            CriticError: a key is needed, and the environment holds none.
+        """
+        return cls(
+            open_chat(settings),
+            critic=critic,
+            sampling=sampling_of(settings),
+            cache=cache,
+            template=settings.template,
+            price=price_of(settings),
+            concurrency=LOCAL_BATCH if settings.in_process else settings.concurrency,
+            n_streams=1 if settings.in_process else None,
+            deadline=deadline,
+            retries=retries,
+        )
+
+    async def critique(self, prompt: Sequence[Message], completion: str) -> tuple[Critique, bool]:
+        """The critique of a completion and whether it was known; one with its `failure` set where there is none."""
+        messages = critique_messages(tuple(prompt), completion, template=self._template)
+        key = call_key(self.chat.model, messages, sampling=self.sampling, prompt_version=self._template.version)
+        stored = self.cache.get(key)
+        if stored and not stored.failure:
+            self.stats.n_cached += 1
+            return replace(stored, critic=self.critic), True
+        state = self._state()
+        if call := state.calls.get(key):
+            self.stats.n_shared += 1
+        else:
+            until = state.loop.time() + self.deadline
+            call = state.calls[key] = _Call(key, messages, until, state.loop.create_future())
+            call.expiry = state.loop.call_at(until, self._finish, state, call, self._failed(call, "timeout"))
+            self._enqueue(state, call)
+        # Whoever goes away does not take the answer from the others.
+        return await asyncio.shield(call.done), False
+
+    def _state(self) -> _LoopState:
+        loop = asyncio.get_running_loop()
+        if self._of_loop is None or self._of_loop.loop is not loop:
+            self._of_loop = _LoopState(loop, n_free=self.concurrency)
+        return self._of_loop
+
+    def _enqueue(self, state: _LoopState, call: _Call) -> None:
+        state.queue.append(call)
+        if len(state.queue) == 1:
+            # In the next round of the loop, so that what comes together shares a stream and its connections.
+            state.loop.call_soon(self._pump, state)
+
+    def _pump(self, state: _LoopState) -> None:
+        """Give waiting calls to the chat, as far as there is room."""
+        while state.queue and state.n_free and (self.n_streams is None or state.n_streams < self.n_streams):
+            batch: list[_Call] = []
+            while state.queue and state.n_free > len(batch):
+                call = state.queue.popleft()
+                if not call.done.done():
+                    batch.append(call)
+            if batch:
+                state.n_free -= len(batch)
+                state.n_streams += 1
+                self.stats.n_under_way += len(batch)
+                task = state.loop.create_task(self._ask(state, batch))
+                state.tasks.add(task)
+                task.add_done_callback(state.tasks.discard)
+
+    async def _ask(self, state: _LoopState, batch: Sequence[_Call]) -> None:
+        left = {call.key: call for call in batch}
+        failure = UNAVAILABLE
+        try:
+            async with asyncio.timeout_at(max(call.until for call in batch)):
+                requests = (ChatRequest(id=call.key, messages=call.messages) for call in batch)
+                async for reply in self.chat.stream(requests, self.sampling):
+                    self._answered(state, left.pop(reply.id), reply)
+        except TimeoutError:
+            failure = "timeout"
+        except CritrmError as error:
+            _log.warning("critic unavailable", extra={"facts": {"critic": self.critic, "reason": str(error)}})
+        # Whatever it was, the callers wait for an answer.
+        except Exception:
+            _log.exception("critic failed", extra={"facts": {"critic": self.critic}})
+        finally:
+            state.n_streams -= 1
+            for call in left.values():
+                self._free_place(state)
+                self._failed_try(state, call, self._failed(call, failure))
+            self._pump(state)
+
+    def _free_place(self, state: _LoopState) -> None:
+        state.n_free += 1
+        self.stats.n_under_way -= 1
+
+    def _answered(self, state: _LoopState, call: _Call, reply: Reply) -> None:
+        self._free_place(state)
+        critique = self._record(call, reply)
+        self.stats.cost += critique.cost
+        # A failure that cost nothing is not kept: it says more about this minute than about the call.
+        if not critique.failure or critique.cost:
+            try:
+                self.cache.put(critique)
+            except StorageError as error:
+                # It has been paid for and somebody waits for it.
+                _log.error("critique not stored", extra={"facts": {"reason": str(error)}})
+        if critique.failure:
+            self._failed_try(state, call, critique)
+        else:
+            self.stats.n_answered += 1
+            self.stats.seconds += critique.seconds
+            self._finish(state, call, critique)
+        self._pump(state)
+
+    def _failed_try(self, state: _LoopState, call: _Call, critique: Critique) -> None:
+        call.n_tries += 1
+        wait = delay_before_retry(call.n_tries - 1)
+        in_time = state.loop.time() + wait < call.until
+        if critique.failure.startswith(PASSING) and call.n_tries <= self.retries and in_time:
+            self.stats.n_retried += 1
+            state.loop.call_later(wait, self._enqueue, state, call)
+        else:
+            self._finish(state, call, critique)
+
+    def _finish(self, state: _LoopState, call: _Call, critique: Critique) -> None:
+        if call.done.done():
+            return
+        if call.expiry:
+            call.expiry.cancel()
+        if critique.failure:
+            self.stats.n_failed += 1
+        del state.calls[call.key]
+        call.done.set_result(critique)
+
+    def _failed(self, call: _Call, failure: str) -> Critique:
+        return self._record(call, Reply(id=call.key, failure=failure))
+
+    def _record(self, call: _Call, reply: Reply) -> Critique:
+        return reply_record(
+            reply,
+            call.messages,
+            pair_id="",
+            side="chosen",
+            critic=self.critic,
+            prompt_version=self._template.version,
+            price=self.price,
+        )
+
+
+def call_key(model: str, messages: Sequence[Message], *, sampling: Sampling, prompt_version: str) -> str:
+    """The key of a critic's call, the same as `critrm critique` gives it (`calls.Calls`)."""
+    facts = [float(sampling.temperature), float(sampling.top_p), sampling.max_tokens, sampling.seed]
+    texts = [[message.role, message.content] for message in messages]
+    return content_hash(model, facts, prompt_version, texts)

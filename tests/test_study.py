@@ -1,0 +1,212 @@
+"""Studies over the bundled pairs with the tiny model: plan, run, share, resume, estimate, and what comes out."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from critrm.config import Recipe, data_path
+from critrm.errors import ConfigError, DataError
+from critrm.preferences import read_pairs
+from critrm.store import write_records
+from critrm.study import command, n_trained, run_study
+from critrm.study_estimate import estimate_study, n_parameters
+from critrm.study_plan import plan_study
+from critrm.types import NO_CRITIC
+
+
+def _recipe(tiny_model, *, grids=None, **study) -> dict:
+    return {
+        "name": "small",
+        "preferences": {
+            "train": {"path": "bundled:mini-pairs.jsonl", "split": "train", "limit": 40},
+            "test": {"mini": {"path": "bundled:mini-pairs.jsonl", "split": "test", "limit": 20}},
+        },
+        "critique": {"critics": {"frontier-llm": {"file": "bundled:mini-frontier-llm.jsonl"}}},
+        "augment": {"max_length": 3000},
+        "train": {
+            "backbone": str(tiny_model),
+            "batch_size": 4,
+            "precision": "fp32",
+            "seeds": [0, 1],
+            "learning_rates": [1e-5, 1e-3],
+            "n_held_out": 6,
+            "n_sweep": 6,
+        },
+        "evaluate": {"zero_label": False},
+        "study": {
+            "grids": grids
+            or {
+                "critics": {"sizes": [8, 16]},
+                "plain": {
+                    "critics": [],
+                    "sizes": [24],
+                    "pairs": [{"path": "bundled:mini-pairs.jsonl", "split": "train"}],
+                },
+            },
+            **study,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    recipe = Recipe.model_validate(_recipe(tiny_model, label_price=2.0))
+    return recipe, out, run_study(recipe, out=out)
+
+
+def test_smaller_sets_are_part_of_larger_ones(finished):
+    recipe, out, _ = finished
+    ids = {}
+    for cell in plan_study(recipe, out=out):
+        rows = (cell.folder / "preferences" / "train.jsonl").read_text().splitlines()
+        ids[cell.grid, cell.n_train] = [json.loads(row)["id"] for row in rows]
+    assert ids["critics", 8] == ids["critics", 16][:8]
+    assert len(ids["plain", 24]) == 24
+
+
+def test_every_run_is_in_one_tidy_table(finished):
+    _, out, found = finished
+    with open(out / "study.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    runs = {(row["grid"], row["critic"], row["n_train"], row["seed"]) for row in rows}
+    assert len(runs) == 2 * 2 * 2 + 2
+    assert {row["test"] for row in rows} == {"mini"}
+    for row in rows:
+        assert int(row["n_right"]) + int(row["n_wrong"]) + int(row["n_tie"]) + int(row["n_unscored"]) == int(row["n"])
+    assert len(found["rows"]) == len(rows)
+
+
+def test_the_learning_rate_is_chosen_once_at_the_largest_size(finished):
+    recipe, out, found = finished
+    trials = sorted(path.relative_to(out).parts[2] for path in out.rglob("learning-rate-*"))
+    assert set(trials) == {"pairs-16"}
+    rates = {cell["n_train"]: cell["results"]["learning_rates"] for cell in found["cells"]}
+    assert rates[8] == rates[16]
+    assert rates[24][NO_CRITIC] == rates[16][NO_CRITIC]
+
+
+def test_what_a_critique_is_worth_is_said_for_each_size_with_money(finished):
+    _, out, found = finished
+    assert [(each["critic"], each["n_train"]) for each in found["exchange"] if each["group"] == "all"] == [
+        ("frontier-llm", 16),
+        ("frontier-llm", 8),
+    ]
+    for each in found["exchange"]:
+        assert (each["smallest"], each["largest"]) == (8, 24)
+        assert each["money"]["critiqued_pairs"] == each["n_train"] * 2.0
+        assert each["words"] in (out / "study.md").read_text()
+
+
+def test_a_finished_study_does_nothing(finished):
+    recipe, out, found = finished
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert len(written) == 10
+    assert run_study(recipe, out=out)["rows"] == found["rows"]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == written
+
+
+def test_two_workers_and_a_killed_one_share_a_study(tiny_model, tmp_path, finished, capsys):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(yaml.safe_dump(_recipe(tiny_model, label_price=2.0)))
+    first = subprocess.Popen(
+        [sys.executable, "-m", "critrm", "study", str(recipe), "--out", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not list((tmp_path / "out").rglob("evaluate/*/*/done.json")):
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    command(str(recipe), out=tmp_path / "out", workers=2)
+    assert "What a critiqued pair is worth" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]
+    assert [row["accuracy"] for row in rows] == [row["accuracy"] for row in finished[2]["rows"]]
+
+
+def test_a_plan_says_what_is_left_and_what_it_takes(finished, tiny_model, tmp_path, capsys):
+    recipe, out, _ = finished
+    assert all(each.n_done == each.n_trainings for each in estimate_study(recipe, out=out, tflops=1.0).cells)
+    fresh = estimate_study(recipe, out=tmp_path, tflops=1.0)
+    slow = estimate_study(recipe, out=tmp_path, tflops=0.5)
+    assert [each.n_trainings for each in fresh.cells] == [4, 4, 2]
+    for fast, twice in zip(fresh.cells, slow.cells, strict=True):
+        assert twice.hours == pytest.approx(2 * fast.hours)
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(_recipe(tiny_model)))
+    command(str(path), out=tmp_path / "study", dry_run=True, tflops=1.0)
+    assert "Nothing is run yet" in capsys.readouterr().out
+    assert not list((tmp_path / "study").rglob("train"))
+
+
+def test_parameters_are_counted_or_read_off_the_name(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    count = sum(each.numel() for each in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+    assert n_parameters(str(tiny_model)) == count
+    assert n_parameters("meta-llama/Llama-2-7b-hf") == 7e9
+    assert n_parameters("some/backbone") is None
+
+
+def test_a_grid_can_change_a_setting_and_then_chooses_its_own_rate(tiny_model, tmp_path):
+    grids = {"plain": {"sizes": [16]}, "dropout": {"sizes": [16], "change": {"train": {"critique_dropout": 0.2}}}}
+    cells = plan_study(Recipe.model_validate(_recipe(tiny_model, grids=grids)), out=tmp_path)
+    assert {cell.grid: cell.recipe.train.critique_dropout for cell in cells} == {"plain": 0.0, "dropout": 0.2}
+    assert len({cell.family for cell in cells}) == 2
+
+
+def test_a_backbone_is_asked_once_what_it_says_before_any_label(tiny_model, tmp_path):
+    recipe = _recipe(tiny_model) | {"evaluate": {"zero_label": True}}
+    cells = plan_study(Recipe.model_validate(recipe), out=tmp_path)
+    assert [cell.recipe.evaluate.zero_label for cell in cells] == [True, False, False]
+
+
+def test_training_pairs_of_a_test_prompt_are_left_out(tiny_model, tmp_path):
+    grids = {"leak": {"pairs": [{"path": "bundled:mini-pairs.jsonl"}]}}
+    cells = plan_study(Recipe.model_validate(_recipe(tiny_model, grids=grids)), out=tmp_path)
+    kept = {json.loads(row)["id"] for row in (tmp_path / "pairs" / "leak.jsonl").read_text().splitlines()}
+    assert len(kept) == cells[0].n_train == 370
+
+
+def test_the_same_pair_of_two_sources_is_drawn_once(tiny_model, tmp_path):
+    other = tmp_path / "other.jsonl"
+    rows = read_pairs(str(data_path("bundled:mini-pairs.jsonl")), split="train").pairs
+    write_records(other, [replace(pair, id=f"other-{pair.id}") for pair in rows])
+    grids = {"both": {"pairs": [{"path": "bundled:mini-pairs.jsonl", "split": "train"}, {"path": str(other)}]}}
+    cells = plan_study(Recipe.model_validate(_recipe(tiny_model, grids=grids)), out=tmp_path)
+    assert cells[0].n_train == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("grids", "message"),
+    [
+        ({"big": {"sizes": [8, 4000]}}, "there are 40 training pairs"),
+        ({"big": {"change": {"train": {"batch": 3}}}}, "batch"),
+        ({"big": {"change": {"train": {"backbone": "x"}}}}, "backbones"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused_before_anything_is(tiny_model, tmp_path, grids, message):
+    with pytest.raises((DataError, ConfigError), match=message):
+        run_study(Recipe.model_validate(_recipe(tiny_model, grids=grids)), out=tmp_path)
+    assert not list(tmp_path.rglob("train"))
+
+
+def test_a_recipe_without_a_study_and_an_unknown_critic_are_refused(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match="no study"):
+        run_study(Recipe.model_validate(_recipe(tiny_model) | {"study": None}), out=tmp_path)
+    with pytest.raises(ValueError, match="nobody"):
+        Recipe.model_validate(_recipe(tiny_model, grids={"a": {"critics": ["nobody"]}}))
+
+
+def test_trained_cells_are_counted(finished):
+    recipe, out, _ = finished
+    assert [n_trained(cell) for cell in plan_study(recipe, out=out)] == [4, 4, 2]
