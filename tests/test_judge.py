@@ -302,7 +302,7 @@ def test_a_model_in_this_process_gives_expected_scores(
             async for reply in chat.stream(requests, sampling):
                 yield reply
 
-    verdict = judged([pair("p", "The sea is blue.", "Water boils.")], Watched(), cache, expected=True)[0]  # type: ignore
+    verdict = judged([pair("p", "The sea is blue.", "Water boils.")], Watched(), cache, expected=True)[0]  # type: ignore[arg-type]
     asked = next(each for each in requests if each.id == verdict.key)
     ids = encode_chat(tokenizer, asked.messages)
     with torch.inference_mode():

@@ -4,11 +4,10 @@ import threading
 
 import pytest
 
-from critrm.calls import Calls
+from critrm.calls import Calls, call_key
 from critrm.critique_cache import CritiqueCache
 from critrm.errors import CriticError
 from critrm.live import LiveRewardModel
-from critrm.live_critic import call_key
 from critrm.llm import OpenAIChat, Reply, Sampling
 from critrm.prompts import critique_messages, load_template
 from critrm.reward_model import RewardModel

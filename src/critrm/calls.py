@@ -39,13 +39,12 @@ class Calls:
         self.pairs, self.sampling, self.samples = pairs, sampling, samples
         self.template = load_template(template, needs=("conversation", "response"))
         places: dict[str, list[_Place]] = {}
-        # 1 and 1.0 are the same temperature, but not the same text.
-        facts = (float(sampling.temperature), float(sampling.top_p), sampling.max_tokens)
         for index in range(len(pairs)):
             for side in SIDES:
-                texts = [[message.role, message.content] for message in self._messages(index, side)]
+                messages = self._messages(index, side)
                 for sample in range(samples):
-                    key = content_hash(model, [*facts, sampling.seed + sample], self.template.version, texts)
+                    drawn = replace(sampling, seed=sampling.seed + sample)
+                    key = call_key(model, messages, sampling=drawn, prompt_version=self.template.version)
                     places.setdefault(key, []).append((index, sample, side))
         # In the order of keys: a hash's order says nothing of which completion is the chosen one.
         self.places = dict(sorted(places.items()))
@@ -83,6 +82,14 @@ class Calls:
             price=price,
         )
         return replace(row, sample=sample)
+
+
+def call_key(model: str, messages: Sequence[Message], *, sampling: Sampling, prompt_version: str) -> str:
+    """The key of a critic's call in the cache: all that its answer depends on."""
+    # 1 and 1.0 are the same temperature, but not the same text.
+    facts = [float(sampling.temperature), float(sampling.top_p), sampling.max_tokens, sampling.seed]
+    texts = [[message.role, message.content] for message in messages]
+    return content_hash(model, facts, prompt_version, texts)
 
 
 def reply_record(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from critrm.budget import Price
-from critrm.calls import reply_record
+from critrm.calls import call_key, reply_record
 from critrm.config import CriticConfig
 from critrm.critics import open_chat, price_of, sampling_of
 from critrm.critique_cache import CritiqueCache
@@ -16,7 +16,6 @@ from critrm.endpoints import delay_before_retry
 from critrm.errors import CritrmError, StorageError
 from critrm.llm import Chat, ChatRequest, Reply, Sampling
 from critrm.prompts import critique_messages, load_template
-from critrm.store import content_hash
 from critrm.types import Critique, Message
 
 _log = logging.getLogger(__name__)
@@ -259,10 +258,3 @@ class LiveCritic:
             prompt_version=self._template.version,
             price=self.price,
         )
-
-
-def call_key(model: str, messages: Sequence[Message], *, sampling: Sampling, prompt_version: str) -> str:
-    """The key of a critic's call, the same as `critrm critique` gives it (`calls.Calls`)."""
-    facts = [float(sampling.temperature), float(sampling.top_p), sampling.max_tokens, sampling.seed]
-    texts = [[message.role, message.content] for message in messages]
-    return content_hash(model, facts, prompt_version, texts)
