@@ -163,6 +163,6 @@ def _on_ray(recipe: Recipe, *, out: Path, workers: int, console: Console) -> Non
     ray: Any = untyped_ray
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     n_gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    console.print(f"{workers} workers on the cluster; each says what it does in its own log", highlight=False)
+    console.print(f"{workers} workers of the cluster share the work; what is finished lies in {out}", soft_wrap=True)
     task = ray.remote(num_gpus=n_gpus, max_retries=3)(run_study)
     ray.get([task.remote(recipe, out=str(out)) for _ in range(workers)])
