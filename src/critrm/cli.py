@@ -30,6 +30,10 @@ VERBS = {
     "cross": ("critrm.cross:command", "What a finished run's models lose on another critic's critiques."),
     "report": ("critrm.report:command", "Stage 8: a study's tables and figures, and one page with its pairs."),
     "serve": ("critrm.serve:command", "Stage 9: critique and score over HTTP."),
+    "push": (
+        "critrm.push:command",
+        "A model or critiqued pairs for the hub, with a card; nothing leaves without --upload.",
+    ),
     "demo": ("critrm.demo:command", "The whole method on the bundled pairs with the embedded model."),
 }
 MODEL_VERBS = {
@@ -46,6 +50,7 @@ EXTRAS = {
     "datasketch": "eval",
     "fastapi": "serve",
     "gguf": "embedded",
+    "huggingface_hub": "train",
     "matplotlib": "report",
     "peft": "train",
     "prometheus_client": "serve",

@@ -54,6 +54,8 @@ class EmbeddedModel:
     n_bytes: int
     """Of the converted folder, about."""
     licence: str
+    hub_id: str
+    """Where these weights, before they were quantized, are published."""
 
 
 EMBEDDED = {
@@ -64,6 +66,7 @@ EMBEDDED = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         n_bytes=541_600_000,
         licence="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 

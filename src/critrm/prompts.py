@@ -180,6 +180,31 @@ def reward_segments(prompt: tuple[Message, ...], completion: str, critique: str)
     return prompt_text, " " + quote_imitations(completion.rstrip()), critique_text
 
 
+REWARD_CHAT_TEMPLATE = """\
+{%- set labels = {'user': 'User', 'assistant': 'Chatbot', 'system': 'System'} -%}
+{%- for message in messages -%}
+{{- '' if loop.first else '\\n\\n' -}}
+{%- if loop.last and message['role'] == 'assistant' -%}
+{{- 'Chatbot: ' + message['content'].rstrip() -}}
+{%- else -%}
+{{- labels[message['role']] + ': ' + message['content'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '\\n\\nChatbot:' -}}{%- endif -%}
+"""
+"""The text of `reward_segments` as a chat template, so that tools which apply one read what was trained on.
+
+A critique stands behind the completion in the assistant's message, introduced as in `with_critique`. Lines that imitate
+the form are not quoted: a chat template cannot do that.
+"""
+
+
+def with_critique(completion: str, critique: str) -> str:
+    """Completion and critique as one assistant's message, for tools that know no critiques."""
+    _, text, critique_text = reward_segments((), completion, critique)
+    return text[1:] + critique_text
+
+
 @functools.cache
 def _intro() -> Template:
     return load_template("critique_intro", needs=("critique",))

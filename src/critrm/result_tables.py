@@ -1,5 +1,6 @@
 """A run's results as tables: for the terminal, and in Markdown."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -151,19 +152,24 @@ def costs_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def results_markdown(results: Mapping[str, Any]) -> str:
-    """A run's results as Markdown tables with their keys."""
+def arms_markdown(results: Mapping[str, Any]) -> str:
+    """The arms of a run in each test set and group, as a Markdown table with its key."""
     rates = ", ".join(f"{critic} {rate:g}" for critic, rate in results["learning_rates"].items())
-    lines = [
-        *markdown_table(*_arms(results)),
-        "",
-        f"{results['n_train']} training pairs, backbone {results['backbone']}, seeds {results['seeds']}, "
+    table = "\n".join(markdown_table(*_arms(results)))
+    return (
+        f"{table}\n\n{results['n_train']} training pairs, backbone {results['backbone']}, seeds {results['seeds']}, "
         f"learning rates: {rates}. "
         "Strict accuracy (a tie is not right), mean over seeds ± standard deviation, "
         "[95 % Wilson interval over items]. "
         "Difference from no critiques with its 95 % interval and p from a paired bootstrap over items and seeds "
-        "(exact McNemar for one seed), not adjusted for the number of rows. "
-        "Half credit for ties, and all numbers by subset, are in results.json.",
+        "(exact McNemar for one seed), not adjusted for the number of rows."
+    )
+
+
+def results_markdown(results: Mapping[str, Any]) -> str:
+    """A run's results as Markdown tables with their keys."""
+    lines = [
+        arms_markdown(results) + " Half credit for ties, and all numbers by subset, are in results.json.",
         "",
     ]
     titles, rows = _nulls(results)
@@ -188,8 +194,13 @@ def results_markdown(results: Mapping[str, Any]) -> str:
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """The lines of a Markdown table; the first column is text, the others are numbers."""
-    yield "| " + " | ".join(titles) + " |"
+    yield "| " + " | ".join(map(_cell, titles)) + " |"
     yield "|" + "|".join("---" if index == 0 else "---:" for index in range(len(titles))) + "|"
     for row in rows:
-        name = row[0].lstrip()
-        yield "| " + " | ".join(["&nbsp;" * (len(row[0]) - len(name)) + name, *row[1:]]) + " |"
+        name, *numbers = map(_cell, row)
+        yield "| " + " | ".join(["&nbsp;" * (len(name) - len(name.lstrip())) + name.lstrip(), *numbers]) + " |"
+
+
+def _cell(text: str) -> str:
+    """A text that cannot end its cell of a Markdown table."""
+    return re.sub(r"\s", " ", text).replace("<", "&lt;").replace("|", "\\|")

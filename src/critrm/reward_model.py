@@ -76,9 +76,9 @@ class RewardModel:
         Raises:
             ModelError: there is no model, or several, or it has more than one label.
         """
-        name = _model_folder(str(folder), critic)
+        name = model_folder(str(folder), critic)
         model, tokenizer = load_classifier(name)
-        loaded = cls(model, tokenizer, _read_facts(name), name=name)
+        loaded = cls(model, tokenizer, read_facts(name), name=name)
         device = device or models.choose_device()
         loaded.precision = models.choose_precision(device) if precision == "auto" else precision
         loaded.model.train(False)
@@ -279,7 +279,7 @@ class RewardModel:
         write_text(folder / "critrm.json", json.dumps(asdict(self.reads), indent=2) + "\n")
 
 
-def _model_folder(name: str, critic: str | None) -> str:
+def model_folder(name: str, critic: str | None) -> str:
     """The folder of the model itself, where that of a run, of an arm or of a seed is named; else the name as it is."""
     folder = Path(name)
     if (folder / "config.json").is_file():
@@ -287,14 +287,14 @@ def _model_folder(name: str, critic: str | None) -> str:
     places = ("model", "seed-*/model", "train/*/seed-*/model")
     found = [str(file.parent) for place in places for file in sorted(folder.glob(f"{place}/config.json"))]
     if len(found) > 1 and critic is not None:
-        found = [each for each in found if _read_facts(each).critic == critic] or found
+        found = [each for each in found if read_facts(each).critic == critic] or found
     if len(found) > 1:
         shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
         raise ModelError(f"{name}: holds {len(found)} reward models; name one of them: {shown}")
     return found[0] if found else name
 
 
-def _read_facts(name: str) -> Reads:
+def read_facts(name: str) -> Reads:
     """What a model of ours was trained to read, from its folder or the hub; the defaults for anybody else's."""
     facts = Path(name) / "critrm.json"
     if not Path(name).is_dir():

@@ -1,0 +1,369 @@
+"""To the hub: a reward model, or critiqued pairs, with a card that says what was measured.
+
+Nothing leaves the machine without `--upload`; until then the folder to be uploaded can be read.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from critrm.errors import ConfigError, CriticMismatch, DataError, ModelError
+from critrm.hub_cards import model_card, pairs_card
+from critrm.models import EMBEDDED, PREFIX
+from critrm.score_files import read_result
+from critrm.store import disk_errors, file_name, read_records, read_rows, write_records, write_text
+from critrm.types import NO_CRITIC, CritiquedPair, EvalResult
+
+if TYPE_CHECKING:
+    from critrm.reward_model import Reads
+
+MODEL_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "classifier.py",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+"""What a classifier consists of; whatever else lies in its folder stays where it is."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CRITIC_FACTS = ("model", "template", "temperature", "top_p", "max_tokens", "samples")
+TRAINING_FACTS = (
+    "batch_size",
+    "n_epochs",
+    "learning_rate",
+    "loss",
+    "lora_rank",
+    "critique_dropout",
+    "lm_weight",
+    "seed",
+)
+
+
+def stage_model(
+    model: str, repo: str, *, out: Path, licence: str, critic: str | None = None, evaluations: Iterable[Path] = ()
+) -> Path:
+    """Put a reward model's files and its card into a folder that can be uploaded.
+
+    Args:
+        model: the model's folder, or that of the run that trained it.
+        repo: its future owner and name on the hub.
+        out: the folder; what lay there before is replaced.
+        licence: the hub's name of the licence, such as `apache-2.0`.
+        critic: which model of a run that trained several.
+        evaluations: folders that `critrm evaluate --out` wrote for this model; those of its run are found.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ModelError: there is no such model, several, or one whose weights are not in safetensors.
+        CriticMismatch: an evaluation is of another model's critic.
+        DataError: an evaluation cannot be read, or is of another model.
+        StorageError: the disk is full or read-only.
+    """
+    from critrm.prompts import REWARD_CHAT_TEMPLATE
+    from critrm.reward_model import model_folder, read_facts
+
+    folder = Path(model_folder(model, critic))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{model}: there is no reward model in it. Give a model's folder, or that of its run.")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: its weights are not in safetensors, and nothing else is pushed. Save it again.")
+    reads = read_facts(str(folder))
+    run = _run_of(folder)
+    results = _own_results(folder, run) | _given_results(evaluations, folder=folder, reads=reads)
+    base_model, shown = _public_name(reads.backbone)
+    manifest = _json(folder.parent / "manifest.json")
+    card = model_card(
+        repo,
+        licence=licence,
+        reads=reads,
+        base_model=base_model,
+        training={"backbone": shown} | _training(folder.parent, manifest),
+        critic=_critic_facts(run, reads.critic),
+        results=results,
+        beside=_beside(run),
+    )
+    _clear(out)
+    with disk_errors(out):
+        for file in _files(folder):
+            _link(file, out / file.name)
+    write_text(out / "chat_template.jinja", REWARD_CHAT_TEMPLATE)
+    facts = {"critic": reads.critic, "max_length": reads.max_length, "backbone": base_model or shown}
+    write_text(out / "critrm.json", json.dumps(facts | {"critique_dropout": reads.critique_dropout}, indent=2) + "\n")
+    write_text(out / "README.md", card)
+    return out
+
+
+def stage_pairs(arm: Path, repo: str, *, out: Path, licence: str, split: str = "train") -> Path:
+    """Put critiqued pairs and their card into a folder that can be uploaded.
+
+    Args:
+        arm: the pairs with critiques, as `critrm augment` wrote them.
+        repo: their future owner and name on the hub.
+        out: the folder; what lay there before is replaced.
+        licence: the hub's name of the licence, such as `cc0-1.0`.
+        split: the name of their split.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DataError: not an arm, or one of several critics.
+        StorageError: the disk is full or read-only.
+    """
+    if "pair" not in next(iter(read_rows(arm)))[1]:
+        raise DataError("not an arm that `critrm augment` wrote: augment the pairs with their critiques", path=str(arm))
+    items = read_records(arm, CritiquedPair)
+    critics = sorted({item.critic for item in items})
+    if len(critics) > 1:
+        raise DataError(f"pairs of several critics, {critics}: push each by itself", path=str(arm), field="critic")
+    run = arm.parents[2] if len(arm.parents) > 2 and (arm.parents[2] / "results.json").is_file() else None
+    card = pairs_card(
+        repo,
+        items,
+        licence=licence,
+        split=split,
+        critic=_critic_facts(run, critics[0]),
+        beside=_beside(run),
+    )
+    _clear(out)
+    write_records(out / "data" / f"{split}.jsonl", map(_row, items))
+    write_text(out / "README.md", card)
+    return out
+
+
+def upload_folder(folder: Path, repo: str, *, repo_type: str, private: bool) -> str:
+    """Make the repository, if it is not there, and put the folder's files into it.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ConfigError: the hub refuses; the message has its reason, never the token.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repo, repo_type=repo_type, commit_message="Add from critrm")
+    except LocalTokenNotFoundError:
+        raise ConfigError(
+            "no token for the hub: put one with write access into HF_TOKEN, or run `hf auth login`"
+        ) from None
+    except OfflineModeIsEnabled:
+        raise ConfigError("HF_HUB_OFFLINE is set: unset it to upload") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        hint = " Is HF_TOKEN set, with write access?" if status in (401, 403) else ""
+        reason = error.server_message or ""
+        raise ConfigError(f"the hub refused {repo} (http {status}). {reason}{hint} Nothing is lost: {folder}") from None
+    except OSError as error:
+        raise ConfigError(f"the hub cannot be reached ({type(error).__name__}). Nothing is lost: {folder}") from None
+    return str(address)
+
+
+def _row(item: CritiquedPair) -> dict[str, object]:
+    pair = item.pair
+    return {
+        "id": pair.id,
+        "prompt": [{"role": message.role, "content": message.content} for message in pair.prompt],
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+        "rating": pair.rating,
+        "margin": pair.margin,
+        "source": pair.source,
+        "subset": pair.subset,
+        "chosen_critique": item.chosen_critique,
+        "rejected_critique": item.rejected_critique,
+        "critic": item.critic,
+    }
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def _link(file: Path, to: Path) -> None:
+    """Weights are large: the same bytes under a second name, where the disk can do that."""
+    try:
+        os.link(file.resolve(), to)
+    except OSError:
+        shutil.copyfile(file, to)
+
+
+def _clear(out: Path) -> None:
+    """An empty folder, where it is a new one or an earlier one of ours."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "README.md").is_file():
+        raise ConfigError(f"--out {out} holds other files: name a new folder")
+    with disk_errors(out):
+        if out.is_dir():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return next(iter(read_rows(path)))[1] if path.is_file() else None
+
+
+def _beside(run: Path | None) -> dict[str, Any] | None:
+    """The results of a run, over its arms and seeds, when it is finished."""
+    results = _json(run / "results.json") if run else None
+    return results and results | {"backbone": _public_name(results["backbone"])[1]}
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run that trained `RUN/train/ARM/seed-N/model`, if it was one."""
+    parents = folder.resolve().parents
+    if folder.name != "model" or len(parents) < 4 or not (parents[3] / "evaluate").is_dir():
+        return None
+    return parents[3]
+
+
+def _own_results(folder: Path, run: Path | None) -> dict[str, EvalResult]:
+    if run is None:
+        return {}
+    arm, seed = folder.resolve().parts[-3:-1]
+    files = sorted((run / "evaluate" / arm / seed).glob("*/*.json"))
+    return {file.parent.name: read_result(file) for file in files if _is_result(file)}
+
+
+def _is_result(file: Path) -> bool:
+    return file.name.count(".") == 1 and file.name != "manifest.json"
+
+
+def _given_results(evaluations: Iterable[Path], *, folder: Path, reads: "Reads") -> dict[str, EvalResult]:
+    found = {}
+    for place in evaluations:
+        files = [file for file in sorted(place.glob("*.json")) if _is_result(file)]
+        if not files:
+            raise DataError("no result in it: name a folder that `critrm evaluate --out` wrote", path=str(place))
+        for file in files:
+            result = read_result(file)
+            if result.critic != reads.critic and not (result.critic == NO_CRITIC and reads.critique_dropout):
+                raise CriticMismatch(
+                    f"{file}: with critiques by {result.critic!r}, the reward model reads those by {reads.critic!r}"
+                )
+            if Path(result.model).resolve() != folder.resolve():
+                raise DataError(f"this is the result of {result.model}, not of {folder}", path=str(file), field="model")
+            found[place.name if len(files) == 1 else file.stem] = result
+    return found
+
+
+def _public_name(backbone: str) -> tuple[str, str]:
+    """A backbone's hub id, if it has one, and what can be told of its name: no folder of this machine."""
+    if backbone.startswith(PREFIX):
+        embedded = EMBEDDED.get(backbone.removeprefix(PREFIX))
+        return (
+            (embedded.hub_id, f"{embedded.hub_id}, quantized ({embedded.file.split('.')[-2]})")
+            if embedded
+            else ("", "")
+        )
+    if HUB_ID.fullmatch(backbone) and not Path(backbone).exists():
+        return backbone, backbone
+    return "", Path(backbone).name or "not recorded"
+
+
+def _training(folder: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings of the training, as far as they are recorded."""
+    if manifest is None:
+        return {}
+    config = manifest["config"]
+    facts = {name: config[name] for name in TRAINING_FACTS if config.get(name) not in (None, 0.0, "")}
+    row = _json(folder / "result.jsonl") or {}
+    pairs = {"pairs": row["n_pairs"], "tokens": row["n_tokens"]} if "n_pairs" in row else {}
+    versions = {name: manifest["versions"].get(name) for name in ("transformers", "torch")}
+    notes = {f"note {i}": note for i, note in enumerate(manifest["notes"], 1)}
+    return {**pairs, **facts, **{name: version for name, version in versions.items() if version}, **notes}
+
+
+def _critic_facts(run: Path | None, critic: str) -> dict[str, Any]:
+    """What the run knows of its critic; no address and no file of this machine."""
+    if run is None or critic == NO_CRITIC:
+        return {}
+    file = run / "critique" / f"{file_name(critic)}.jsonl"
+    versions = sorted({row.get("prompt_version") or "" for _, row in read_rows(file)} - {""}) if file.is_file() else []
+    facts = {"prompt_version": ", ".join(versions)} if versions else {}
+    config = (_json(run / "manifest.json") or {}).get("config", {})
+    settings = config.get("critique", {}).get("critics", {}).get(critic, {})
+    if settings.get("file"):
+        return facts | {"critiques": "imported from a file"}
+    shown = {name: settings[name] for name in CRITIC_FACTS if settings.get(name) not in (None, "")}
+    if str(shown.get("model", "")).startswith("local:"):
+        shown["model"] = Path(shown["model"].removeprefix("local:")).name
+    if "template" in shown:
+        shown["template"] = Path(shown["template"]).name
+    return facts | shown
+
+
+def command(
+    what: str,
+    repo: str,
+    *,
+    license: str,
+    critic: str = "",
+    evaluation: tuple[Path, ...] = (),
+    split: str = "train",
+    out: Path | None = None,
+    upload: bool = False,
+    private: bool = False,
+) -> None:
+    """Prepare a reward model or critiqued pairs for the hub, with a card; with --upload, put them there.
+
+    Args:
+        what: a reward model's folder or that of its run; or pairs with critiques that `critrm augment` wrote (.jsonl).
+        repo: owner and name on the hub.
+        license: the hub's name of a licence that you may give it, such as apache-2.0. The backbone's and the critic's
+            terms count, too.
+        critic: which model of a run that trained several.
+        evaluation: folders that `critrm evaluate --out` wrote for this model; those of its run are found.
+        split: what the pairs are called: train, test, ...
+        out: the folder to be uploaded; `push/NAME` when not given.
+        upload: put it on the hub. Needs a token with write access in HF_TOKEN, or of `hf auth login`.
+        private: make the repository a private one, where it is new.
+    """
+    if not HUB_ID.fullmatch(repo) or "--" in repo or ".." in repo:
+        raise ConfigError(f"{repo!r} is no owner/name of letters, digits, '-', '_' and '.'")
+    if not re.fullmatch(r"\w+", split):
+        raise ConfigError(f"--split {split!r}: name it with letters, digits and '_'")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ConfigError(f"--license {license!r}: the hub's names are in small letters, such as apache-2.0 or other")
+    console, is_data = Console(), Path(what).is_file()
+    place = out or Path("push") / repo.partition("/")[2]
+    if is_data and (critic or evaluation):
+        raise ConfigError("--critic and --evaluation are for reward models; pairs have theirs in the file")
+    if is_data:
+        stage_pairs(Path(what), repo, out=place, licence=license, split=split)
+    else:
+        stage_model(what, repo, out=place, licence=license, critic=critic or None, evaluations=evaluation)
+    console.print(_files_table(place, repo))
+    if not upload:
+        console.print(
+            f"Nothing was uploaded. Read {place / 'README.md'}, then add --upload.", soft_wrap=True, markup=False
+        )
+        return
+    address = upload_folder(place, repo, repo_type="dataset" if is_data else "model", private=private)
+    console.print(f"Uploaded: {address}", soft_wrap=True, markup=False)
+
+
+def _files_table(folder: Path, repo: str) -> Table:
+    table = Table(title=Text(f"For {repo}"))
+    table.add_column("file")
+    table.add_column("MB", justify="right")
+    for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+        table.add_row(Text(str(file.relative_to(folder))), f"{file.stat().st_size / 1e6:.2f}")
+    return table
