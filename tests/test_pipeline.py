@@ -83,6 +83,33 @@ def test_the_best_weights_are_chosen_on_pairs_that_are_not_trained_on(tiny_model
     assert trained["n_pairs"] == results["n_train"] - 8
 
 
+def test_files_that_count_their_rows_and_critiques_in_two_files(tiny_model, tmp_path):
+    recipe = _recipe(tiny_model)
+    recipe["evaluate"] = {"zero_label": False}
+    for name, prefix in (("train", ""), ("test", "test-")):
+        rows = [
+            {"id": n, "prompt": f"{name} {n}?", "chosen": f"Yes, {n}.", "rejected": f"No, not {n}."} for n in range(8)
+        ]
+        critiques = [
+            {"pair_id": f"{prefix}{row['id']}", "side": side, "critique": f"It is {side}."}
+            for row in rows
+            for side in ("chosen", "rejected")
+        ]
+        for file, content in ((f"{name}.jsonl", rows), (f"{name}-critiques.jsonl", critiques)):
+            (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in content))
+    recipe["preferences"] = {
+        "train": {"path": str(tmp_path / "train.jsonl")},
+        "test": {"counted": {"path": str(tmp_path / "test.jsonl"), "id_prefix": "test-"}},
+    }
+    files = [str(tmp_path / f"{name}-critiques.jsonl") for name in ("train", "test")]
+    recipe["critique"]["critics"] = {"kind": {"file": files}}
+    results = run_recipe(Recipe.model_validate(recipe), out=tmp_path / "out")
+    assert (results["n_train"], results["tests"]["counted"]["all"]["n"]) == (8, 8)
+    del recipe["preferences"]["test"]["counted"]["id_prefix"]
+    with pytest.raises(DataError, match="ids must be unique"):
+        run_recipe(Recipe.model_validate(recipe), out=tmp_path / "again")
+
+
 def test_null_baselines_stand_beside_the_arms(tiny_model, tmp_path):
     pytest.importorskip("sklearn")
     recipe = _recipe(tiny_model)

@@ -257,7 +257,7 @@ def open_purse(
         return None
     purse = Purse(limit)
     for settings in critics.values():
-        if not settings.file:
+        if not settings.files:
             for critique in _calls_of(pairs, settings).split(cache, retry_failed=False)[0].values():
                 purse.paid_before(critique.key, critique.cost)
     return purse

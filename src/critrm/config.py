@@ -46,6 +46,8 @@ class PairSource(Section):
     subset: str = ""
     limit: int | None = Field(default=None, gt=0)
     skip_bad: bool = False
+    id_prefix: str = ""
+    """Put before each pair's id: files that only count their rows have the same ids."""
     benchmark: str = "pairs"
     """For test pairs: the benchmark whose sections are computed."""
 
@@ -74,8 +76,8 @@ class CriticConfig(Section):
     """The environment variable that holds the API key, never the key; empty to send none, OPENAI_API_KEY when None."""
     self_critique: bool = False
     """The critic is the backbone of the reward model (on-policy)."""
-    file: str = ""
-    """A file of existing critiques by pair id and side, instead of a model."""
+    file: str | tuple[str, ...] = ""
+    """A file of existing critiques by pair id and side, or several of the same critic, instead of a model."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=256, gt=0)
@@ -113,6 +115,11 @@ class CriticConfig(Section):
         """For manifests: a URL's user name, password and query may be keys."""
         urls = value.split(",") if isinstance(value, str) else value
         return None if urls is None else [_plain_url(url) for url in urls]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of existing critiques; none where a model is called."""
+        return (self.file,) if isinstance(self.file, str) and self.file else tuple(self.file)
 
     @property
     def in_process(self) -> bool:

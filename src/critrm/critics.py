@@ -122,9 +122,9 @@ def complete_critic(name: str, given: CriticConfig, *, critics: Critics, backbon
         served = given.base_url or backbone.startswith(("embedded:", "local:"))
         model = backbone if served else f"local:{backbone}"
         settled = given.model_copy(update={"self_critique": False, "model": model})
-    elif name in critics.critics and not given.file:
+    elif name in critics.critics and not given.files:
         settled = _with_defaults(name, given, critics)
-    elif not (given.model or given.file):
+    elif not (given.model or given.files):
         close = difflib.get_close_matches(name, critics.critics, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(close)}? " if close else ""
         raise ConfigError(
@@ -147,7 +147,7 @@ def complete_critics(stage: CritiqueConfig, *, backbone: str) -> dict[str, Criti
         name: complete_critic(name, critic, critics=known, backbone=backbone) for name, critic in stage.critics.items()
     }
     for name, critic in found.items():
-        if stage.max_cost is not None and not critic.file and price_of(critic) is None:
+        if stage.max_cost is not None and not critic.files and price_of(critic) is None:
             raise no_price(name)
     return found
 
@@ -252,7 +252,7 @@ def check_critic(critic: CriticConfig) -> None:
         ConfigError: its template or its settings cannot be used.
         CriticError: its key is not set.
     """
-    if not critic.file:
+    if not critic.files:
         load_template(critic.template, needs=("conversation", "response"))
         open_chat(critic, batch_state=Path("unused"))
 

@@ -192,7 +192,7 @@ def estimate_recipe(recipe: Recipe) -> list[Estimate]:
         return [
             estimate_critiques(pairs, critic, critic=name, cache=cache)
             for name, critic in complete_critics(recipe.critique, backbone=recipe.train.backbone).items()
-            if not critic.file
+            if not critic.files
         ]
 
 
@@ -217,9 +217,10 @@ def _read_sets(recipe: Recipe) -> Sets:
 def _critiques(
     run: Run, name: str, critic: CriticConfig, pairs: Sequence[PreferencePair], *, purse: Purse | None
 ) -> list[Critique]:
-    if critic.file:
+    if critic.files:
         wanted = {pair.id for pair in pairs}
-        rows = [row for row in read_critiques(data_path(critic.file), critic=name) if row.pair_id in wanted]
+        found = (row for file in critic.files for row in read_critiques(data_path(file), critic=name))
+        rows = [row for row in found if row.pair_id in wanted]
     else:
         ledger = run.ledgers[name] = Ledger()
         with run.timed(f"critique {name}"), CritiqueCache(default_cache_path()) as cache:

@@ -122,9 +122,9 @@ def _mean_tokens(pairs: Sequence[PreferencePair]) -> float:
 
 def _critique_tokens(critic: CriticConfig) -> float:
     """Tokens of one critique: the mean of a file's, or the most that a model may write."""
-    if not critic.file:
+    if not critic.files:
         return float(critic.max_tokens)
-    texts = [len(row.text) for row in read_critiques(data_path(critic.file), critic="critic")]
+    texts = [len(row.text) for file in critic.files for row in read_critiques(data_path(file), critic="critic")]
     return statistics.fmean(texts) / CHARACTERS_PER_TOKEN
 
 
@@ -169,7 +169,7 @@ def _critics(recipe: Recipe, cells: Sequence[Cell], tests: Sequence[PreferencePa
     with CritiqueCache(default_cache_path()) as cache:
         for name, settings in complete_critics(recipe.critique, backbone=recipe.train.backbone).items():
             asked = [cell for cell in cells if name in cell.arms]
-            if settings.file or not asked:
+            if settings.files or not asked:
                 continue
             largest = max(asked, key=lambda cell: cell.n_train)
             train = read_pairs(largest.recipe.preferences.train.path, limit=largest.n_train).pairs

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,8 @@ def read_source(source: PairSource, *, for_training: bool = False) -> PairSet:
     """
     options = {name: getattr(source, name) for name in ("dialect", "split", "source", "subset", "limit", "skip_bad")}
     path = str(data_path(source.path))
-    return read_benchmark(path, benchmark="pairs" if for_training else source.benchmark, **options)
+    found = read_benchmark(path, benchmark="pairs" if for_training else source.benchmark, **options)
+    return replace(found, pairs=tuple(replace(pair, id=source.id_prefix + pair.id) for pair in found.pairs))
 
 
 def summarise(
