@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from critrm.augment import Budget, augment_pairs, command, sample_arms, segment_pair, text_encoder
+from critrm.augment import Budget, augment_pairs, command, segment_pair, text_encoder
 from critrm.errors import ConfigError, DataError
 from critrm.models import load_tokenizer
 from critrm.store import read_records, write_records
@@ -125,19 +125,6 @@ def test_an_arm_is_made_of_one_sample():
     assert second.arms["c"][0].rejected_critique == "('b', 'rejected', 1)"
     with pytest.raises(DataError, match="cover none"):
         augment_pairs(pairs, {"c": rows}, sample=3)
-
-
-def test_one_arm_per_sample_over_the_same_pairs():
-    pairs = [_pair(name) for name in "abc"]
-    arms = sample_arms(pairs, _sampled(("b", "rejected", 2)))
-    assert [[item.pair.id for item in arm] for arm in arms] == [["a", "c"]] * 3
-    for sample, arm in enumerate(arms):
-        assert all(item.critique(side) == f"{(item.pair.id, side, sample)}" for item in arm for side in SIDES)
-        assert {item.critic for item in arm} == {"c"}
-    with pytest.raises(DataError, match="no pair has all 3"):
-        sample_arms(pairs, _sampled(("a", "chosen", 0), ("b", "chosen", 1), ("c", "chosen", 2)))
-    with pytest.raises(DataError, match="by c, d"):
-        sample_arms(pairs, [*_sampled(), _critique("a", "chosen", critic="d")])
 
 
 def test_pairs_identical_within_the_budget_are_dropped_from_all_arms():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from critrm.augment import sample_arms
+from critrm.averaging import samples_of
 from critrm.critique_dialects import CRITIQUE_DIALECTS
 from critrm.critique_files import critiqued_pairs
 from critrm.errors import DataError
@@ -119,7 +119,7 @@ def test_several_critiques_of_a_response_are_samples(tmp_path: Path) -> None:
         ("rejected", 0, "Wrong."),
         ("rejected", 1, "Funny."),
     ]
-    assert [arm[0].chosen_critique for arm in sample_arms(pairs, rows)] == ["Right.", "Correct."]
+    assert samples_of(pairs, rows, n_samples=2)[pairs[0].id, "chosen"] == ("Right.", "Correct.")
 
 
 def test_other_criteria_are_not_compared(tmp_path: Path) -> None:
@@ -240,8 +240,9 @@ def test_real_files(data_dir: Path, name: str, n_pairs: int, critics: dict[tuple
     assert len(pairs) == len({pair.id for pair in pairs}) == n_pairs
     assert Counter((row.critic, row.sample) for row in rows) == critics
     assert not any("###" in pair.chosen + pair.rejected + pair.prompt[0].content for pair in pairs)
-    arms = sample_arms(pairs, rows)
-    assert [len(arm) for arm in arms] == [n_pairs] * len(critics)
+    samples = samples_of(pairs, rows, n_samples=len(critics))
+    assert {len(texts) for texts in samples.values()} == {len(critics)}
+    assert len(samples) == 2 * n_pairs
     means = Counter()
     for row in rows:
         means[row.pair_id, row.side] += row.score

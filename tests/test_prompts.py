@@ -71,6 +71,16 @@ def test_reward_segments_concatenate_to_the_plain_form() -> None:
     assert reward_segments((), "x", "")[0] == "Chatbot:"
 
 
+def test_a_critique_may_stand_before_the_completion() -> None:
+    prompt = (Message("user", "2 + 2?"),)
+    conversation, completion, critique = reward_segments(prompt, "4", "Right.", critique_first=True)
+    assert conversation == "User: 2 + 2?"
+    assert critique == "\n\nThe following is a critique of the next response: Right."
+    assert completion == "\n\nChatbot: 4"
+    behind, before = (reward_segments(prompt, "4", "", critique_first=order) for order in (False, True))
+    assert "".join(behind) == "".join(before), "without a critique there is no order"
+
+
 def test_own_template_from_a_path(tmp_path: Path) -> None:
     own = tmp_path / "mine.md"
     own.write_text("{{ conversation }} >> {{ response }}\n")

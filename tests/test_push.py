@@ -128,9 +128,8 @@ def test_the_snippet_for_transformers_scores_as_the_model_does(model, pairs):
     for pair in pairs:
         for critique in ("It is right.\nSo it is.", ""):
             item = CritiquedPair(pair=pair, critic="c", chosen_critique=critique, rejected_critique=critique)
-            content = with_critique(pair.chosen, critique)
-            rows = [{"role": each.role, "content": each.content} for each in pair.prompt]
-            rows.append({"role": "assistant", "content": content})
+            read = with_critique(pair.prompt, pair.chosen, critique)
+            rows = [{"role": each.role, "content": each.content} for each in read]
             text = tokenizer.apply_chat_template(rows, tokenize=False)
             assert text == "".join(reward_segments(pair.prompt, pair.chosen, critique))
             logit = classifier(**tokenizer(text, return_tensors="pt")).logits.item()

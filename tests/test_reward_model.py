@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from critrm.batching import Candidates, EncodedPair, pack, token_batches
 from critrm.errors import DataError, ModelError
-from critrm.prompts import reward_segments
+from critrm.prompts import reward_segments, with_critique
 from critrm.reward_model import Reads, RewardModel
 from critrm.types import SIDES, CritiquedPair
 
@@ -21,6 +21,11 @@ from critrm.types import SIDES, CritiquedPair
 @pytest.fixture(scope="module")
 def reward_model(tiny_model):
     return RewardModel.from_backbone(str(tiny_model), Reads(critic="c", max_length=400), seed=3)
+
+
+@pytest.fixture(scope="module")
+def critique_first(tiny_model):
+    return RewardModel.from_backbone(str(tiny_model), Reads(critic="c", max_length=400, critique_first=True), seed=3)
 
 
 @pytest.fixture
@@ -218,6 +223,28 @@ def test_candidates_get_the_rewards_they_get_alone(reward_model, items, max_toke
                 with torch.no_grad():
                     alone = reward_model.model(torch.tensor([reward_model._encode(text)])).logits.item()
                 assert reward == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_critique_may_be_read_before_the_completion(critique_first, reward_model, items, tmp_path):
+    scores = critique_first.score(items)
+    assert critique_first.fingerprint != reward_model.fingerprint
+    assert scores != reward_model.score(items)
+    critique_first.save(tmp_path)
+    assert RewardModel.load(tmp_path, precision="fp32").score(items) == scores
+    plain, tokenizer = AutoModelForSequenceClassification.from_pretrained(tmp_path), critique_first.tokenizer
+    for item, score in zip(items, scores, strict=True):
+        critiques = [(item.critique(side),) for side in SIDES]
+        candidates = Candidates(
+            prompt=item.pair.prompt, completions=tuple(map(item.pair.completion, SIDES)), critiques=tuple(critiques)
+        )
+        rewards = [rewards[0] for rewards in next(critique_first.score_candidates([candidates]))]
+        assert rewards == pytest.approx([score.chosen, score.rejected], abs=1e-5)
+        read = with_critique(item.pair.prompt, item.pair.chosen, item.chosen_critique, critique_first=True)
+        rows = [{"role": each.role, "content": each.content} for each in read]
+        text = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(rows, tokenize=False)
+        with torch.no_grad():
+            logit = plain(**tokenizer(text, return_tensors="pt")).logits.item()
+        assert logit == pytest.approx(score.chosen, abs=1e-5)
 
 
 def test_completions_of_one_prompt_are_rewarded_like_a_pair(reward_model, items):

@@ -97,8 +97,8 @@ def test_what_fills_up_a_batch_weighs_nothing():
 LENGTHS = st.tuples(st.integers(1, 4), *[st.tuples(st.integers(0, 3), st.integers(0, 3)) for _ in range(2)])
 
 
-@given(st.lists(LENGTHS, min_size=1, max_size=4))
-def test_critique_tokens_are_predicted_from_the_token_before_them_in_their_own_sequence(rows):
+@given(st.lists(LENGTHS, min_size=1, max_size=4), st.booleans())
+def test_critique_tokens_are_predicted_from_the_token_before_them_in_their_own_sequence(rows, critique_first):
     # Each token is a number of its own, so that a sequence can be recognised wherever it lies in the row.
     counter = iter(range(1000))
     pairs, followed, expected = [], {}, []
@@ -109,9 +109,12 @@ def test_critique_tokens_are_predicted_from_the_token_before_them_in_their_own_s
             branch = [next(counter) for _ in range(max(n_completion, n_critique == 0) + n_critique)]
             sequence = prompt + branch
             followed |= dict(zip(sequence[n_prompt:], sequence[n_prompt - 1 :], strict=False))
-            expected += [(token, index) for token in branch[len(branch) - n_critique :]]
+            critique = branch[:n_critique] if critique_first else branch[len(branch) - n_critique :]
+            expected += [(token, index) for token in critique]
             made.append(branch)
-        pairs.append(TrainingPair(EncodedPair(str(index), prompt, tuple(made)), tuple(n for _, n in branches)))
+        n_critiques = tuple(n for _, n in branches)
+        encoded = EncodedPair(str(index), prompt, tuple(made))
+        pairs.append(TrainingPair(encoded, n_critiques, critique_first=critique_first))
     batch = collate(pairs)
     tokens = batch["input_ids"][0, batch["critique_tokens"]].tolist()
     sources = batch["input_ids"][0, batch["critique_sources"]].tolist()

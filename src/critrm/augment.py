@@ -32,12 +32,14 @@ Tokens = list[int]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How many tokens a reward model reads per completion, and what is never cut below a share of them."""
+    """How many tokens a reward model reads per completion, in which order, and what keeps a share of them."""
 
     max_length: int = 2048
     """Prompt + completion + critique, in tokens."""
     min_share: float = 0.25
     """The prompt and the completion each keep at least this share of `max_length` before the critique is touched."""
+    critique_first: bool = False
+    """The critique stands before the completion, not behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,13 @@ class Segments:
     critiques: tuple[Tokens, Tokens]
     n_cut: tuple[int, int, int]
     """Tokens cut from the prompt, the completions and the critiques."""
+    critique_first: bool = False
 
     @property
     def branches(self) -> tuple[Tokens, Tokens]:
         """What follows the shared prompt: completion and critique of the chosen, then of the rejected side."""
-        return (self.completions[0] + self.critiques[0], self.completions[1] + self.critiques[1])
+        parts = (self.critiques, self.completions) if self.critique_first else (self.completions, self.critiques)
+        return (parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,10 @@ def segment_pair(item: CritiquedPair, encode: Callable[[str], Tokens], budget: B
         encode: text to token ids, without special tokens; text that spells one stays text.
         budget: how long prompt + completion + critique may be.
     """
-    texts = [reward_segments(item.pair.prompt, item.pair.completion(side), item.critique(side)) for side in SIDES]
+    order = {"critique_first": budget.critique_first}
+    texts = [
+        reward_segments(item.pair.prompt, item.pair.completion(side), item.critique(side), **order) for side in SIDES
+    ]
     prompt = encode(texts[0][0])
     completions, critiques = [encode(text[1]) for text in texts], [encode(text[2]) for text in texts]
     floor = int(budget.max_length * budget.min_share)
@@ -101,7 +108,11 @@ def segment_pair(item: CritiquedPair, encode: Callable[[str], Tokens], budget: B
         n_cut[2] += max(len(critiques[side]) - room, 0)
         critiques[side] = critiques[side][:room]
     return Segments(
-        prompt, (completions[0], completions[1]), (critiques[0], critiques[1]), (n_cut[0], n_cut[1], n_cut[2])
+        prompt,
+        (completions[0], completions[1]),
+        (critiques[0], critiques[1]),
+        (n_cut[0], n_cut[1], n_cut[2]),
+        budget.critique_first,
     )
 
 
@@ -143,9 +154,7 @@ def augment_pairs(
         if consistent_only:
             for pair_id in find_contradictions(pairs, rows, split="train"):
                 dropped.setdefault(pair_id, f"critique by {critic} contradicts the label")
-        if drop or strip_scores:
-            rows = gate_critiques(rows, check_critiques(pairs, rows), drop=drop, strip_scores=strip_scores)
-        arms[critic] = _join(pairs, critic, rows, dropped)
+        arms[critic] = _join(pairs, critic, usable_critiques(pairs, rows, drop, strip_scores), dropped)
     trimmed: dict[str, dict[str, int]] = {}
     if encode is not None:
         for critic, arm in arms.items():
@@ -158,30 +167,13 @@ def augment_pairs(
     )
 
 
-def sample_arms(
-    pairs: Sequence[PreferencePair], critiques: Sequence[Critique]
-) -> tuple[tuple[CritiquedPair, ...], ...]:
-    """One arm per sample of one critic, all over the same pairs: those that every sample has critiques of.
-
-    Averaged over the arms, the rewards of a completion are its self-consistent reward.
-
-    Args:
-        pairs: the preference pairs, usually those that `augment_pairs` kept.
-        critiques: of one critic, with several samples per completion.
-
-    Raises:
-        DataError: the critiques are not of one critic, or no pair has them all.
-    """
-    critics = sorted({row.critic for row in critiques})
-    if len(critics) != 1:
-        raise DataError(f"samples are averaged per critic; these critiques are by {', '.join(critics) or 'nobody'}")
-    dropped: dict[str, str] = {}
-    samples = sorted({row.sample for row in critiques})
-    arms = [_join(pairs, critics[0], [row for row in critiques if row.sample == each], dropped) for each in samples]
-    kept = [pair.id for pair in pairs if pair.id not in dropped]
-    if not kept:
-        raise DataError(f"no pair has all {len(samples)} samples: {dict(Counter(dropped.values()))}")
-    return tuple(tuple(arm[pair_id] for pair_id in kept) for arm in arms)
+def usable_critiques(
+    pairs: Sequence[PreferencePair], critiques: Sequence[Critique], drop: Sequence[str], strip_scores: bool
+) -> Sequence[Critique]:
+    """One critic's critiques as `augment_pairs` takes them: flawed ones failed, grades they give away taken out."""
+    if not (drop or strip_scores):
+        return critiques
+    return gate_critiques(critiques, check_critiques(pairs, critiques), drop=drop, strip_scores=strip_scores)
 
 
 def _join(

@@ -8,7 +8,7 @@ so each reward equals that of a row of its own. Several critiques of one complet
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -92,7 +92,7 @@ def encode_pair(
     item: CritiquedPair, encode: Callable[[str], Tokens], *, bos: Tokens, budget: Budget, margin: float = 0.0
 ) -> EncodedPair:
     """Tokenize one pair by segments within the budget; `bos` goes before the prompt and counts towards the budget."""
-    segments = segment_pair(item, encode, Budget(budget.max_length - len(bos), budget.min_share))
+    segments = segment_pair(item, encode, replace(budget, max_length=budget.max_length - len(bos)))
     return EncodedPair(item.pair.id, bos + segments.prompt, segments.branches, margin)
 
 
@@ -123,7 +123,7 @@ def encode_candidates(
             known[text] = encode(text)
         return known[text]
 
-    room = Budget(budget.max_length - len(bos), budget.min_share)
+    room = replace(budget, max_length=budget.max_length - len(bos))
     prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[tuple[Tokens, Place]]]] = {}
     for i, completion in enumerate(candidates.completions):
         for j, critique in enumerate(candidates.critiques[i] if candidates.critiques else ("",)):
@@ -131,7 +131,11 @@ def encode_candidates(
             item = CritiquedPair(pair=pair, chosen_critique=critique, rejected_critique=critique)
             segments = segment_pair(item, encode_once, room)
             branches = prompts.setdefault((*bos, *segments.prompt), {})
-            branches.setdefault(tuple(segments.completions[0]), []).append((segments.critiques[0], (number, i, j)))
+            # A critique that comes first is followed by the completion: then there is no completion to share.
+            first, then = segments.completions[0], segments.critiques[0]
+            if budget.critique_first:
+                first, then = segments.branches[0], []
+            branches.setdefault(tuple(first), []).append((then, (number, i, j)))
     for prompt, branches in prompts.items():
         readings = [(list(y), c, place) for y, found in branches.items() for c, place in found]
         yield from _trees(list(prompt), readings, max_tokens)

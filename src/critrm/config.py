@@ -183,6 +183,8 @@ class TrainConfig(Section):
     """Weight of a language-model loss on the critique's tokens, through the backbone's own head."""
     critique_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an arm's pairs that are read without their critiques, so that the model can score without one."""
+    critique_first: bool = False
+    """The model reads the critique before the completion; the paper has it behind."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     lora_rank: int = Field(default=0, ge=0)
@@ -217,9 +219,11 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Stage 4: how many tokens are scored at once, and whether the untrained backbone is asked as well."""
+    """Stage 4: how a test set is scored, and whether the untrained backbone is asked as well."""
 
     max_tokens_per_step: int = Field(default=4096, gt=0)
+    samples: int = Field(default=1, gt=0)
+    """Critiques of a completion whose rewards are averaged, of critics that were asked for several."""
     zero_label: bool = True
     """Lay the untrained backbone's own reading beside each arm, as a null baseline."""
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from critrm.augment import Budget, augment_pairs, segment_pair, text_encoder
+from critrm.augment import augment_pairs, segment_pair, text_encoder
 from critrm.benchmarks import find_benchmark, level_identical, read_benchmark, summarise
 from critrm.benchmarks.best_of_n import list_id
 from critrm.benchmarks.rewardbench import official_files
@@ -29,10 +29,11 @@ from critrm.store import content_hash, disk_errors, file_name, read_records, rea
 from critrm.types import NO_CRITIC, Critique, CritiquedPair, EvalResult, Outcome, PreferencePair, Score
 
 if TYPE_CHECKING:
+    from critrm.averaging import SampleAveraged
     from critrm.reward_model import RewardModel
     from critrm.zero_label import ZeroLabelModel
 
-    Model = RewardModel | ZeroLabelModel
+    Model = RewardModel | SampleAveraged | ZeroLabelModel
 
 ZERO_LABEL = ("zero-label", "zero-label-alone")
 """Before a colon and a backbone's name: the backbone untrained; the second one reads the critiques alone."""
@@ -404,7 +405,8 @@ def _by_critic(critiques: Path | None, critic: str | None) -> dict[str, list[Cri
 def _cuts(model: "Model", items: Iterable[CritiquedPair]) -> list[str]:
     """Which segments the model will not read whole, one entry per pair and segment."""
     # What the model puts before the prompt counts towards its length.
-    encode, budget = text_encoder(model.tokenizer), Budget(model.reads.max_length - model.n_special)
+    encode = text_encoder(model.tokenizer)
+    budget = replace(model.reads.budget, max_length=model.reads.max_length - model.n_special)
     names = ("prompt", "completion", "critique")
     cuts = (zip(names, segment_pair(item, encode, budget).n_cut, strict=True) for item in items)
     return [f"{name} cut" for each in cuts for name, n_cut in each if n_cut]

@@ -198,24 +198,27 @@ def _beside(results: Mapping[str, Any] | None) -> list[str]:
 
 
 def _reading(reads: "Reads") -> str:
-    critique = CRITIQUE if reads.critic != NO_CRITIC else ""
-    text = "".join(reward_segments(PROMPT, COMPLETION, critique))
+    critique, order = CRITIQUE if reads.critic != NO_CRITIC else "", reads.critique_first
+    prompt, completion, critique_text = reward_segments(PROMPT, COMPLETION, critique, critique_first=order)
+    text = prompt + (critique_text + completion if order else completion + critique_text)
+    where = "behind the prompt in the user's" if order else "part of the assistant's"
     return (
         f"Plain text of up to {reads.max_length} tokens, and no other form:\n\n```text\n{text}\n```\n\n"
-        "The tokenizer's chat template writes this form"
-        + (", with the critique as part of the assistant's message." if critique else ".")
-        + " The reward is read at the last token."
+        f"The tokenizer's chat template writes this form{f', with the critique {where} message' if critique else ''}. "
+        "The reward is read at the last token."
     )
 
 
 def _use(repo: str, reads: "Reads") -> str:
     reads_critiques = reads.critic != NO_CRITIC
-    text = with_critique(COMPLETION, CRITIQUE) if reads_critiques else COMPLETION
+    critique = CRITIQUE if reads_critiques else ""
+    read = with_critique(PROMPT, COMPLETION, critique, critique_first=reads.critique_first)
+    rows = "\n".join(f'    {{"role": "{message.role}", "content": {message.content!r}}},' for message in read)
     named = f", critic={reads.critic!r}" if reads_critiques else ""
     flag = ' --critic "NAME" --model "MODEL"' if reads_critiques else ""
     beside = (
-        " For RewardBench's own script, and for any other that reads pairs, put the critique behind each completion "
-        "as above (`critrm.prompts.with_critique` does so)."
+        " For RewardBench's own script, and for any other that reads pairs, put the critiques into the "
+        "messages as above (`critrm.prompts.with_critique` does so)."
         if reads_critiques
         else ""
     )
@@ -241,8 +244,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = AutoModelForSequenceClassification.from_pretrained("{repo}")
 messages = [
-    {{"role": "user", "content": {PROMPT[0].content!r}}},
-    {{"role": "assistant", "content": {text!r}}},
+{rows}
 ]
 text = tokenizer.apply_chat_template(messages, tokenize=False)
 with torch.no_grad():
@@ -264,8 +266,8 @@ pairs = load_dataset("{repo}", split="{split}")
         lines + "\n\nTo train a reward model that reads the critiques, with critrm: download the file, then\n\n"
         f"```bash\ncritrm augment data/{split}.jsonl --critiques data/{split}.jsonl --out arms\n"
         f"critrm train arms/CRITIC.jsonl --backbone BACKBONE --out runs/mine\n```\n\n"
-        "With any other trainer: `critrm.prompts.with_critique(completion, critique)` is the text of the assistant's "
-        "message."
+        "With any other trainer: `critrm.prompts.with_critique(prompt, completion, critique)` is the conversation to "
+        "train on."
     )
 
 

@@ -11,20 +11,19 @@ Everything a stage makes lies in the run folder, so that the same command goes o
     results.json, results.md, seconds.json, manifest.json
 """
 
-import contextlib
 import functools
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from critrm.augment import Augmented, Budget, augment_pairs, text_encoder, write_augmented
-from critrm.baselines import baselines
+from critrm.averaging import SampleAveraged, Samples, samples_of
 from critrm.benchmarks import read_source
 from critrm.budget import Estimate, Ledger, Purse, estimates_table
 from critrm.calls import estimate_critiques, open_purse
@@ -34,13 +33,14 @@ from critrm.critique import critique_with_progress
 from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.encoding import beginning
-from critrm.errors import DataError, ModelError
-from critrm.evaluate import evaluate, read_scores
+from critrm.errors import DataError
+from critrm.evaluate import evaluate
 from critrm.models import load_tokenizer
 from critrm.overlap import overlap_warning
-from critrm.result_tables import baselines_table, results_markdown, results_table
-from critrm.results import ArmScores, compare_arms
+from critrm.result_tables import baselines_table, results_table
 from critrm.reward_model import RewardModel
+from critrm.run_results import write_results
+from critrm.runs import LEARNING_RATES, TRAIN, Run, Sets
 from critrm.store import (
     content_hash,
     file_name,
@@ -52,46 +52,8 @@ from critrm.store import (
 )
 from critrm.sweep import choose_learning_rate, split_held_out
 from critrm.train import run_facts, train_reward_model
-from critrm.types import NO_CRITIC, Critique, CritiquedPair, Outcome, PreferencePair, Score
+from critrm.types import Critique, CritiquedPair, PreferencePair
 from critrm.work_sharing import claim, share_out
-from critrm.zero_label import zero_label_outcomes
-
-Sets = dict[str, tuple[PreferencePair, ...]]
-"""The training pairs and the test sets, by name."""
-
-LEARNING_RATES = "learning-rates.json"
-"""In a run's folder: arm -> learning rate, as soon as they are chosen."""
-TRAIN = "train"
-"""The training pairs' name among the sets; the others are test sets."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A recipe, the folder of its run, and where progress is shown."""
-
-    recipe: Recipe
-    out: Path
-    console: Console
-    ledgers: dict[str, Ledger] = field(default_factory=dict)
-    """What each critic's calls came to in this attempt."""
-
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent to the stage's seconds, which survive an interruption."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            with claim(self.out / ".seconds", wait=True):
-                seconds = self.seconds()
-                seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 1)
-                write_text(self.out / "seconds.json", json.dumps(seconds, indent=2) + "\n")
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds spent per stage so far, over all attempts."""
-        path = self.out / "seconds.json"
-        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found
 
 
 def run_recipe(
@@ -147,10 +109,10 @@ def share_run(
         critiques, augmented = _prepare(run, critics, sets)
     rates = _learning_rates(run, augmented[TRAIN], learning_rates or {})
     write_text(run.out / LEARNING_RATES, json.dumps(rates, indent=2) + "\n")
-    if not _train_and_evaluate_all(run, sets, augmented, rates, wait=wait):
+    if not _train_and_evaluate_all(run, sets, augmented, critiques, rates, wait=wait):
         return None
     with claim(run.out, wait=True):
-        results = _results(run, augmented, critiques, rates)
+        results = write_results(run, augmented, critiques, rates)
     inputs = [data_path(source.path) for source in _sources(recipe).values()]
     write_manifest(
         run.out,
@@ -177,6 +139,11 @@ def _prepare(
     with CritiqueCache(default_cache_path()) as cache:
         purse = open_purse(recipe.critique.max_cost, pairs, critics=critics, cache=cache)
     critiques = {name: _critiques(run, name, critic, pairs, purse=purse) for name, critic in critics.items()}
+    if recipe.evaluate.samples > 1 and not any(row.sample for rows in critiques.values() for row in rows):
+        raise DataError(
+            f"evaluate.samples is {recipe.evaluate.samples}, and no critic wrote more than one critique of "
+            "a completion: give one of them `samples` and a temperature above 0"
+        )
     return critiques, _augment(run, sets, critiques)
 
 
@@ -279,12 +246,18 @@ def _learning_rates(run: Run, train: Augmented, given: Mapping[str, float]) -> d
 
 
 def _train_and_evaluate_all(
-    run: Run, sets: Sets, augmented: Mapping[str, Augmented], rates: Mapping[str, float], *, wait: bool
+    run: Run,
+    sets: Sets,
+    augmented: Mapping[str, Augmented],
+    critiques: Mapping[str, Sequence[Critique]],
+    rates: Mapping[str, float],
+    *,
+    wait: bool,
 ) -> bool:
     """Whether all are trained and evaluated; not where others are at it and it is not waited for them."""
     tasks = {
         run.out / "evaluate" / file_name(critic) / f"seed-{seed}": functools.partial(
-            _train_and_evaluate, run, sets, augmented, critic, seed=seed, rate=rates[critic]
+            _train_and_evaluate, run, sets, augmented, critiques, critic, seed=seed, rate=rates[critic]
         )
         for seed in run.recipe.train.seeds
         for critic in augmented[TRAIN].arms
@@ -296,6 +269,7 @@ def _train_and_evaluate(
     run: Run,
     sets: Mapping[str, Sequence[PreferencePair]],
     augmented: Mapping[str, Augmented],
+    critiques: Mapping[str, Sequence[Critique]],
     critic: str,
     *,
     seed: int,
@@ -311,7 +285,9 @@ def _train_and_evaluate(
         facts["n_held_out"] = config.n_held_out
     data = {name: [asdict(item) for item in found.arms[critic]] for name, found in augmented.items()}
     benchmarks = {name: source.benchmark for name, source in run.recipe.preferences.test.items()}
-    fingerprint = content_hash(facts, data, benchmarks)
+    samples = _samples(run, sets, critiques.get(critic, ()))
+    averaged = [sorted((*place, texts) for place, texts in samples.items())] if samples else []
+    fingerprint = content_hash(facts, data, benchmarks, *averaged)
     if stage_is_done(folder, fingerprint):
         return
     # From here on the folder holds another run's results in part.
@@ -330,7 +306,8 @@ def _train_and_evaluate(
     for note in result.notes:
         run.console.print(f"[yellow]Note:[/] {note}", highlight=False)
     with run.timed(f"evaluate {critic}"):
-        model = RewardModel.load(result.folder)
+        loaded = RewardModel.load(result.folder)
+        model = SampleAveraged(loaded, samples) if samples else loaded
         for name, source in run.recipe.preferences.test.items():
             evaluate(
                 model,
@@ -344,81 +321,19 @@ def _train_and_evaluate(
     mark_stage_done(folder, fingerprint, n_train_tokens=result.n_tokens, train_loss=result.loss, notes=result.notes)
 
 
-def _results(
-    run: Run,
-    augmented: Mapping[str, Augmented],
-    critiques: Mapping[str, Sequence[Critique]],
-    rates: Mapping[str, float],
-) -> dict[str, Any]:
-    tests = {}
-    for name, source in run.recipe.preferences.test.items():
-        arms: ArmScores = {critic: _seed_scores(run, critic, name, source) for critic in augmented[name].arms}
-        pairs = [item.pair for item in augmented[name].arms[NO_CRITIC]]
-        nulls = {
-            critic: baselines(augmented[TRAIN].arms[critic], items, critiques=critiques.get(critic, ()))
-            | _zero_label(run, name, items)
-            for critic, items in augmented[name].arms.items()
-        }
-        tests[name] = compare_arms(pairs, arms, benchmark=source.benchmark, baselines=nulls)
-    results: dict[str, Any] = {
-        "recipe": run.recipe.name,
-        "backbone": run.recipe.train.backbone,
-        "seeds": list(run.recipe.train.seeds),
-        "n_train": len(augmented[TRAIN].arms[NO_CRITIC]),
-        "learning_rates": dict(rates),
-        "tests": tests,
-        "seconds": run.seconds(),
-        "tokens": _tokens(run, critiques, augmented),
-        "cost": {name: round(ledger.cost + ledger.cost_cached, 6) for name, ledger in run.ledgers.items()},
-    }
-    write_text(run.out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_text(run.out / "results.md", results_markdown(results))
-    return results
-
-
-def _zero_label(run: Run, name: str, items: Sequence[CritiquedPair]) -> dict[str, list[Outcome]]:
-    """What the untrained backbone reads in an arm of a test set; nothing where it cannot be asked, which is said."""
-    recipe, critic = run.recipe, items[0].critic
-    if not recipe.evaluate.zero_label:
+def _samples(run: Run, sets: Mapping[str, Sequence[PreferencePair]], critiques: Sequence[Critique]) -> Samples:
+    """Where rewards are averaged over samples: all critiques of each test completion; else nothing."""
+    config = run.recipe.augment
+    if run.recipe.evaluate.samples == 1 or not any(row.sample for row in critiques):
         return {}
-    try:
-        with run.timed(f"zero-label {critic}"):
-            return zero_label_outcomes(
-                items,
-                backbone=recipe.train.backbone,
-                max_length=recipe.augment.max_length,
-                max_tokens_per_step=recipe.evaluate.max_tokens_per_step,
-                path=run.out / "zero-label" / file_name(critic) / f"{name}.jsonl",
-                console=run.console,
-            )
-    except (ModelError, DataError) as error:
-        # All is trained and scored by now: a backbone that cannot be asked costs a row of the table, not the run.
-        run.console.print(f"no zero-label baseline for {critic}: {error}", style="yellow", markup=False)
-        return {}
-
-
-def _seed_scores(run: Run, critic: str, name: str, source: PairSource) -> list[list[Score]]:
-    folder = run.out / "evaluate" / file_name(critic)
-    return [
-        read_scores(folder / f"seed-{seed}" / name / f"{source.benchmark}.scores.jsonl")
-        for seed in run.recipe.train.seeds
-    ]
-
-
-def _tokens(
-    run: Run, critiques: Mapping[str, Sequence[Critique]], augmented: Mapping[str, Augmented]
-) -> dict[str, dict[str, int]]:
-    """Per critic: tokens that its critic read and wrote, and tokens that one training run read."""
-    tokens = {}
-    for critic in augmented[TRAIN].arms:
-        rows = critiques.get(critic, ())
-        marker = run.out / "evaluate" / file_name(critic) / f"seed-{run.recipe.train.seeds[0]}" / "done.json"
-        tokens[critic] = {
-            "critic_read": sum(row.n_prompt_tokens for row in rows),
-            "critic_wrote": sum(row.n_completion_tokens for row in rows),
-            "train": json.loads(marker.read_text(encoding="utf-8"))["n_train_tokens"],
-        }
-    return tokens
+    pairs = [pair for name, found in sets.items() if name != TRAIN for pair in found]
+    return samples_of(
+        pairs,
+        critiques,
+        n_samples=run.recipe.evaluate.samples,
+        drop=config.drop,
+        strip_scores=config.strip_scores,
+    )
 
 
 def command(recipe: str, *, out: Path | None = None, dry_run: bool = False) -> None:

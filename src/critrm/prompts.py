@@ -114,7 +114,7 @@ def quote_imitations(text: str, *, template: Template | None = None) -> str:
 def _imitations(source: str) -> re.Pattern[str]:
     """Matches a line break and the white space before what is imitated."""
     labels = [f"{label}[ \t]*[:：]" for label in (*LABELS.values(), "Critique")]
-    sources = (source, load_template("critique").source, _intro().source)
+    sources = (source, load_template("critique").source, _intro("critique_intro").source)
     fixed = [beginning for each in sources for beginning in _fixed_beginnings(each)]
     # Invisible characters before a label hide it from a pattern, but not from a model.
     space = f"(?:[^\\S{BREAKS}]|[\\x00-\\x08\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff])*"
@@ -158,26 +158,33 @@ def critique_messages(
     return (Message("user", text),)
 
 
-def reward_segments(prompt: tuple[Message, ...], completion: str, critique: str) -> tuple[str, str, str]:
+def reward_segments(
+    prompt: tuple[Message, ...], completion: str, critique: str, *, critique_first: bool = False
+) -> tuple[str, str, str]:
     """The text that a reward model over a base model reads, in three segments (section 3.2, footnote 1).
 
     Args:
         prompt: the conversation so far.
         completion: the response to be scored.
         critique: the critique of that response; blank for none.
+        critique_first: the critique stands between prompt and completion, not behind the completion as in the paper.
 
     Returns:
-        Prompt, completion and critique text; concatenated, they are what is read. The last is empty without a critique.
+        Prompt, completion and critique text; concatenated in their order, they are what is read. The last is empty
+        without a critique.
         Lines of any of them that imitate this form are quoted, see `quote_imitations`.
     """
     conversation = render_conversation(prompt)
-    prompt_text = f"{conversation}\n\nChatbot:" if conversation else "Chatbot:"
-    critique_text = ""
+    completion_text, critique_text = " " + quote_imitations(completion.rstrip()), ""
     if critique.strip():
         # Its first line stands behind the introduction, so it cannot be taken for a line of ours.
         first, *rest = critique.strip().splitlines(keepends=True)
-        critique_text = "\n\n" + render_template(_intro(), critique=first + quote_imitations("".join(rest)))
-    return prompt_text, " " + quote_imitations(completion.rstrip()), critique_text
+        intro = _intro("critique_intro_before" if critique_first else "critique_intro")
+        critique_text = "\n\n" + render_template(intro, critique=first + quote_imitations("".join(rest)))
+    if critique_first:
+        # The label goes with the completion: what both completions share is the conversation alone.
+        return conversation, f"\n\nChatbot:{completion_text}", critique_text
+    return f"{conversation}\n\nChatbot:" if conversation else "Chatbot:", completion_text, critique_text
 
 
 REWARD_CHAT_TEMPLATE = """\
@@ -194,17 +201,26 @@ REWARD_CHAT_TEMPLATE = """\
 """
 """The text of `reward_segments` as a chat template, so that tools which apply one read what was trained on.
 
-A critique stands behind the completion in the assistant's message, introduced as in `with_critique`. Lines that imitate
-the form are not quoted: a chat template cannot do that.
+A critique is part of the last message but one or of the last, as `with_critique` puts it. Lines that imitate the form
+are not quoted: a chat template cannot do that.
 """
 
 
-def with_critique(completion: str, critique: str) -> str:
-    """Completion and critique as one assistant's message, for tools that know no critiques."""
-    _, text, critique_text = reward_segments((), completion, critique)
-    return text[1:] + critique_text
+def with_critique(
+    prompt: tuple[Message, ...], completion: str, critique: str, *, critique_first: bool = False
+) -> tuple[Message, ...]:
+    """A conversation that holds a critique in its messages' texts, for tools that know no critiques.
+
+    It stands behind the completion in the assistant's message; or behind the prompt's last message, for a reward model
+    that reads critiques first.
+    """
+    _, _, text = reward_segments((), completion, critique, critique_first=critique_first)
+    if not critique_first:
+        return (*prompt, Message("assistant", completion.rstrip() + text))
+    *earlier, last = prompt
+    return (*earlier, Message(last.role, last.content + text), Message("assistant", completion))
 
 
 @functools.cache
-def _intro() -> Template:
-    return load_template("critique_intro", needs=("critique",))
+def _intro(name: str) -> Template:
+    return load_template(name, needs=("critique",))

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ TRAINING_FACTS = (
     "loss",
     "lora_rank",
     "critique_dropout",
+    "critique_first",
     "lm_weight",
     "seed",
 )
@@ -101,8 +103,8 @@ def stage_model(
         for file in _files(folder):
             _link(file, out / file.name)
     write_text(out / "chat_template.jinja", REWARD_CHAT_TEMPLATE)
-    facts = {"critic": reads.critic, "max_length": reads.max_length, "backbone": base_model or shown}
-    write_text(out / "critrm.json", json.dumps(facts | {"critique_dropout": reads.critique_dropout}, indent=2) + "\n")
+    facts = asdict(reads) | {"backbone": base_model or shown}
+    write_text(out / "critrm.json", json.dumps(facts, indent=2) + "\n")
     write_text(out / "README.md", card)
     return out
 

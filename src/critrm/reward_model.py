@@ -49,6 +49,13 @@ class Reads:
     backbone: str = ""
     critique_dropout: float = 0.0
     """Share of the training pairs that were read without critiques; above 0, it can score without one."""
+    critique_first: bool = False
+    """It reads the critique before the completion."""
+
+    @property
+    def budget(self) -> Budget:
+        """How a pair is laid out and cut."""
+        return Budget(self.max_length, critique_first=self.critique_first)
 
 
 class RewardModel:
@@ -116,15 +123,15 @@ class RewardModel:
         """A hash of the weights' sums and of what it reads: two models with one fingerprint give the same scores."""
         sums = [float(parameter.detach().double().sum()) for parameter in self.model.parameters()]
         reads = asdict(self.reads)
-        if not self.reads.critique_dropout:
-            # Models from before there was dropout keep their fingerprint, and so the rewards that are on disk.
-            del reads["critique_dropout"]
+        for later in ("critique_dropout", "critique_first"):
+            if not reads[later]:
+                # Models from before there was this keep their fingerprint, and so the rewards that are on disk.
+                del reads[later]
         return content_hash(reads, sums, self.precision)
 
     def encode(self, item: CritiquedPair, *, margin: float = 0.0) -> EncodedPair:
         """Tokenize one pair as this model reads it."""
-        budget = Budget(self.reads.max_length)
-        return encode_pair(item, self._encode, bos=self._bos, budget=budget, margin=margin)
+        return encode_pair(item, self._encode, bos=self._bos, budget=self.reads.budget, margin=margin)
 
     def score(
         self,
@@ -228,7 +235,7 @@ class RewardModel:
         self.model.train(False)
         limits: dict[str, Any] = {
             "bos": self._bos,
-            "budget": Budget(self.reads.max_length),
+            "budget": self.reads.budget,
             "max_tokens": max_tokens_per_step,
         }
         stream = iter(candidates)

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from critrm.config import Recipe, load_recipe
 from critrm.errors import ConfigError, CritrmError
-from critrm.pipeline import LEARNING_RATES, share_run
+from critrm.pipeline import share_run
+from critrm.runs import LEARNING_RATES
 from critrm.store import write_text
 from critrm.study_estimate import estimate_study, estimate_tables
 from critrm.study_plan import Cell, plan_study

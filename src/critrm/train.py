@@ -46,7 +46,7 @@ def run_facts(config: TrainConfig, *, seed: int, rate: float, max_length: int) -
     others = {"learning_rates", "seeds", "n_held_out", "n_sweep", "pairs_per_pass", "checkpoint_minutes", "report_to"}
     facts = config.model_dump(exclude=others | {"gradient_checkpointing"})
     # Settings that came later are no facts of a run without them: what was finished before they existed stays finished.
-    for later in ("loss", "center_weight", "lm_weight", "critique_dropout", "keep"):
+    for later in ("loss", "center_weight", "lm_weight", "critique_dropout", "critique_first", "keep"):
         if facts[later] == TrainConfig.model_fields[later].default:
             del facts[later]
     return facts | {"seed": seed, "learning_rate": rate, "max_length": max_length}
@@ -97,6 +97,7 @@ def train_reward_model(
         max_length=max_length,
         backbone=config.backbone,
         critique_dropout=config.critique_dropout,
+        critique_first=config.critique_first,
     )
     with failure_advice(out):
         reward_model = RewardModel.from_backbone(config.backbone, reads, seed=seed)
@@ -222,6 +223,7 @@ def command(
     center_weight: float = 0.0,
     lm_weight: float = 0.0,
     critique_dropout: float = 0.0,
+    critique_first: bool = False,
     keep: Literal["last", "best"] = "last",
     lora_rank: int = 0,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
@@ -247,6 +249,7 @@ def command(
         center_weight: weight of (chosen + rejected)^2.
         lm_weight: weight of a language-model loss on the critiques.
         critique_dropout: share of the pairs that are read without their critiques.
+        critique_first: read the critique before the completion, not behind it as the paper does.
         keep: the last weights, or the best on the held-out pairs.
         lora_rank: train adapters of this rank and the head instead of all parameters.
         precision: fp32, bf16 or auto.
@@ -266,6 +269,7 @@ def command(
             center_weight=center_weight,
             lm_weight=lm_weight,
             critique_dropout=critique_dropout,
+            critique_first=critique_first,
             keep=keep,
             lora_rank=lora_rank,
             precision=precision,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from critrm.augment import Budget, segment_pair, text_encoder
+from critrm.augment import segment_pair, text_encoder
 from critrm.batching import EncodedPair, pack
 from critrm.config import TrainConfig
 from critrm.reward_model import RewardModel
@@ -23,6 +23,8 @@ class TrainingPair:
     """How many tokens at the end of each branch are its critique; 0 unless they are to be predicted."""
     weight: float = 1.0
     """How often the pair counts: once, or not at all where it only fills up a batch."""
+    critique_first: bool = False
+    """The critique's tokens are at the beginning of each branch instead."""
 
 
 def margin_of(item: CritiquedPair, margins: Mapping[str, float] | None) -> float:
@@ -62,12 +64,12 @@ def encode_pairs(
         # A pair that had something cut fills the length; the others need not be cut up once more to know.
         if predicted or len(encoded.prompt) + max(map(len, encoded.branches)) >= max_length:
             n_bos = int(encoded.prompt[:1] == [reward_model.tokenizer.bos_token_id])
-            segments = segment_pair(item, encode, Budget(max_length - n_bos))
+            segments = segment_pair(item, encode, replace(reward_model.reads.budget, max_length=max_length - n_bos))
             for name, n in zip(n_cut, segments.n_cut, strict=True):
                 n_cut[name] += n > 0
             if predicted:
                 n_critiques = (len(segments.critiques[0]), len(segments.critiques[1]))
-        pairs.append(TrainingPair(encoded, n_critiques))
+        pairs.append(TrainingPair(encoded, n_critiques, critique_first=reward_model.reads.critique_first))
     return pairs, n_cut
 
 
@@ -130,11 +132,12 @@ def collate(pairs: list[TrainingPair]) -> dict[str, Any]:
         for end, n_critique, branch in zip(
             batch.score_positions[index].tolist(), pair.n_critiques, pair.encoded.branches, strict=True
         ):
-            first = end - n_critique + 1
-            tokens += range(first, end + 1)
+            start = end - len(branch) + 1
+            first = start if pair.critique_first else end - n_critique + 1
+            tokens += range(first, first + n_critique)
             # What a branch begins with follows the prompt, which for the second does not lie just before it.
-            before = group.start + group.n_prompt - 1 if n_critique == len(branch) else first - 1
-            sources += [before, *range(first, end)] if n_critique else []
+            before = group.start + group.n_prompt - 1 if first == start else first - 1
+            sources += [before, *range(first, first + n_critique - 1)] if n_critique else []
             owners += [index] * n_critique
     return {
         "input_ids": batch.input_ids,

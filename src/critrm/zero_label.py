@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from critrm import models
 from critrm.attention import PACKED_ATTENTION
-from critrm.augment import Budget, Tokens, text_encoder
+from critrm.augment import Tokens, text_encoder
 from critrm.baselines import UNTRAINED_ALONE, UNTRAINED_WHOLE
 from critrm.batching import EncodedTree, encode_pair, memory_advice, pack_trees, token_batches
 from critrm.benchmarks import level_identical
@@ -137,7 +137,7 @@ class ZeroLabelModel:
             # Of a long critique the end, where the judgement stands.
             texts = [self._encode(item.critique(side).strip())[-n_text:] for side in SIDES]
         else:
-            pair = encode_pair(item, self._encode, bos=self._bos, budget=Budget(self.reads.max_length))
+            pair = encode_pair(item, self._encode, bos=self._bos, budget=self.reads.budget)
             prompt, texts = pair.prompt, list(pair.branches)
         starts = tuple(list(start) for start in self._starts)
         return EncodedTree(prompt, tuple((text + self._cue, starts) for text in texts), ())
