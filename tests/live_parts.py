@@ -19,8 +19,8 @@ def scripted_critic() -> ScriptedChat:
     return ScriptedChat(lambda request: critique_of(request.messages[0].content))
 
 
-def make_critic(chat, cache, **options) -> LiveCritic:
-    return LiveCritic(chat, critic="scripted", sampling=Sampling(), cache=cache, **options)
+def make_critic(chat, cache, *, max_tokens=256, **options) -> LiveCritic:
+    return LiveCritic(chat, critic="scripted", sampling=Sampling(max_tokens=max_tokens), cache=cache, **options)
 
 
 def offline(model: RewardModel, completions, critiques, prompt=PROMPT) -> list[float]:

@@ -4,9 +4,10 @@ import threading
 
 import pytest
 
+from critrm.budget import Price
 from critrm.calls import Calls, call_key
 from critrm.critique_cache import CritiqueCache
-from critrm.errors import CriticError
+from critrm.errors import ConfigError, CriticError
 from critrm.live import LiveRewardModel
 from critrm.llm import OpenAIChat, Reply, Sampling
 from critrm.prompts import critique_messages, load_template
@@ -47,6 +48,40 @@ def test_a_failed_critic_raises(reads_critiques, scripted_chat, cache):
     assert "inner.host" not in str(e.value)
     assert len(chat.calls) == 1, "a refusal would come again"
     assert len(cache) == 0, "a failure that cost nothing is not kept"
+
+
+PRICE = Price(read=0.0, written=1e6)
+"""A dollar a token."""
+
+
+def test_no_more_is_spent_than_allowed(reads_critiques, scripted_chat, cache):
+    # An answer costs 3 dollars, and might cost 4: after two of them a third might exceed 9.
+    chat = scripted_chat(lambda request: Reply(id=request.id, text="Fine.", n_prompt_tokens=1, n_completion_tokens=3))
+    critic = make_critic(chat, cache, price=PRICE, max_cost=9.0, max_tokens=4)
+    with LiveRewardModel(reads_critiques, critic=critic) as live:
+        for text in ("1", "2"):
+            assert asyncio.run(live.score(PROMPT, [text]))[0].critique
+        with pytest.raises(CriticError, match="spending limit"):
+            asyncio.run(live.score(PROMPT, ["3"]))
+        assert asyncio.run(live.score(PROMPT, ["1"]))[0].cached, "what is known costs nothing"
+    assert (len(chat.calls), critic.stats.cost) == (2, 6.0)
+
+
+def test_calls_under_way_do_not_exceed_the_limit_together(reads_critiques, scripted_chat, cache):
+    chat = scripted_chat(lambda request: Reply(id=request.id, text="Fine.", n_prompt_tokens=1, n_completion_tokens=4))
+    critic = make_critic(chat, cache, price=PRICE, max_cost=10.0, max_tokens=4)
+
+    async def many():
+        return await asyncio.gather(*(critic.critique(PROMPT, str(n)) for n in range(8)))
+
+    found = asyncio.run(many())
+    assert sorted(critique.failure for critique, _ in found) == ["", "", *["spending limit reached"] * 6]
+    assert len(chat.calls) == 2
+
+
+def test_a_limit_needs_a_price(scripted_chat, cache):
+    with pytest.raises(ConfigError, match="price"):
+        make_critic(scripted_chat(failing("x")), cache, max_cost=1.0)
 
 
 def test_a_passing_failure_is_retried(reads_critiques, scripted_chat, cache, monkeypatch):

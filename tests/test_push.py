@@ -185,12 +185,27 @@ def test_what_is_no_model_is_refused(tmp_path, model):
         stage_model(str(model), "me/rm", out=tmp_path / "out", licence="mit")
 
 
-def test_somebody_s_folder_is_not_emptied(model, tmp_path):
+@pytest.mark.parametrize("readme", ["# My thesis", "Made with critrm"])
+def test_somebody_s_folder_is_not_emptied(model, tmp_path, readme):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    (tmp_path / "thesis" / "README.md").write_text(readme)
     with pytest.raises(ConfigError, match="holds other files"):
         stage_model(str(model), "me/rm", out=tmp_path / "thesis", licence="mit")
     assert (tmp_path / "thesis" / "chapter.txt").is_file()
+
+
+def test_the_model_itself_is_never_replaced(model):
+    with pytest.raises(ConfigError, match="holds other files"):
+        stage_model(str(model), "me/rm", out=model, licence="mit")
+    assert (model / "model.safetensors").is_file()
+
+
+def test_pushing_again_replaces_what_was_staged(model, run, tmp_path):
+    stage_model(str(model), "me/rm", out=tmp_path / "out", licence="mit")
+    stage_pairs(run / "augment/train/kind-critic.jsonl", "me/pairs", out=tmp_path / "out", licence="mit")
+    assert {file.name for file in (tmp_path / "out").rglob("*") if file.is_file()} == {"README.md", "train.jsonl"}
+    assert (model / "model.safetensors").is_file(), "it had a second name there"
 
 
 def test_pairs_come_back_as_they_were(data_dir, tmp_path):

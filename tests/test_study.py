@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 
@@ -129,6 +130,24 @@ def test_two_workers_and_a_killed_one_share_a_study(tiny_model, tmp_path, finish
     first.wait()
     command(str(recipe), out=tmp_path / "out", workers=2)
     assert "What a critiqued pair is worth" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]
+    assert [row["accuracy"] for row in rows] == [row["accuracy"] for row in finished[2]["rows"]]
+
+
+@pytest.mark.slow
+def test_ray_workers_give_the_same_table(tiny_model, tmp_path, finished):
+    pytest.importorskip("ray")
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(yaml.safe_dump(_recipe(tiny_model, label_price=2.0)))
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        # Ray's sockets lie in its folder, and their paths must be short.
+        env = {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        words = ["study", str(recipe), "--out", str(tmp_path / "out"), "--engine", "ray", "--workers", "2"]
+        done = subprocess.run(
+            [sys.executable, "-m", "critrm", *words], env=os.environ | env, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "What a critiqued pair is worth" in done.stdout
     rows = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]
     assert [row["accuracy"] for row in rows] == [row["accuracy"] for row in finished[2]["rows"]]
 

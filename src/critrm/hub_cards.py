@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from critrm.reward_model import Reads
 
 PAPER = "[Improving Reward Models with Synthetic Critiques](https://arxiv.org/abs/2405.20850)"
+MADE_WITH = "Made with critrm"
+"""In every card."""
 PROMPT = (Message("user", "What is the capital of France?"),)
 COMPLETION = "Paris."
 CRITIQUE = "Correct and to the point."
@@ -82,7 +84,7 @@ def model_card(
     sections = [
         f"# {escaped(repo.partition('/')[2])}",
         "A reward model: it says how good a response to a prompt is, as one number; only differences between responses "
-        f"to the same prompt mean anything. {whose} Made with critrm {__version__} after {PAPER}.",
+        f"to the same prompt mean anything. {whose} {MADE_WITH} {__version__} after {PAPER}.",
         "## Results",
         *_results(results),
         *_beside(beside),
@@ -137,7 +139,7 @@ def pairs_card(
         f"# {escaped(repo.partition('/')[2])}",
         f"{n_pairs} preference pairs"
         + (f" with a critique of each completion, written by {_code(critic_name)}" if critic_name != NO_CRITIC else "")
-        + f". Made with critrm {__version__} after {PAPER}.",
+        + f". {MADE_WITH} {__version__} after {PAPER}.",
         "## Columns",
         "`prompt`, `chosen` and `rejected` are messages (TRL's conversational preference format), `id`, `rating`, "
         "`margin`, `source`, `subset` those of the pairs, empty where they had none. `chosen_critique` and "

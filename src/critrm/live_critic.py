@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from critrm.budget import Price
+from critrm.budget import MAYBE_BILLED, Price, Purse, most_tokens
 from critrm.calls import call_key, reply_record
 from critrm.config import CriticConfig
-from critrm.critics import open_chat, price_of, sampling_of
+from critrm.critics import no_price, open_chat, price_of, sampling_of
 from critrm.critique_cache import CritiqueCache
 from critrm.endpoints import delay_before_retry
 from critrm.errors import CritrmError, StorageError
@@ -24,6 +24,8 @@ UNAVAILABLE = "critic unavailable"
 """The failure of a call to a critic that cannot be used at all; the log says why."""
 PASSING = ("timeout", "connection", "http 408", "http 429", "http 5", "invalid JSON", "HTML", "no choices", UNAVAILABLE)
 """How failures begin that another call may not have. A refusal or an empty reply would come again."""
+LIMIT = "spending limit reached"
+"""The failure of a call that might have cost more than is left of `max_cost`; it is not made."""
 LOCAL_BATCH = 128
 """A model in this process writes so many critiques at once."""
 
@@ -84,6 +86,7 @@ class LiveCritic:
         n_streams: int | None = None,
         deadline: float = 120.0,
         retries: int = 1,
+        max_cost: float | None = None,
     ) -> None:
         """Nothing is called yet.
 
@@ -99,25 +102,36 @@ class LiveCritic:
             deadline: seconds after which a critique is given up, waiting for a free place included.
             retries: how often a call that failed is made again, beyond what the chat does by itself; only failures
                 that may pass, and within the deadline.
+            max_cost: US dollars that its calls may cost as long as it lives; no limit when None.
 
         Raises:
-            ConfigError: the template cannot be used.
+            ConfigError: the template cannot be used, or there is a limit and no price.
         """
+        if max_cost is not None and price is None:
+            raise no_price(critic)
         self.chat, self.critic, self.sampling, self.cache, self.price = chat, critic, sampling, cache, price
         self.concurrency, self.n_streams = concurrency, n_streams
         self.deadline, self.retries = deadline, retries
+        self.purse = None if max_cost is None else Purse(max_cost)
         self.stats = CriticStats()
         self._template = load_template(template, needs=("conversation", "response"))
         self._of_loop: _LoopState | None = None
 
     @classmethod
     def open(
-        cls, settings: CriticConfig, *, critic: str, cache: CritiqueCache, deadline: float = 120.0, retries: int = 1
+        cls,
+        settings: CriticConfig,
+        *,
+        critic: str,
+        cache: CritiqueCache,
+        deadline: float = 120.0,
+        retries: int = 1,
+        max_cost: float | None = None,
     ) -> "LiveCritic":
         """A critic from its complete settings (`critics.complete_critic`).
 
         Raises:
-            ConfigError: the settings do not fit together.
+            ConfigError: the settings do not fit together, or there is a limit and no price.
             CriticError: a key is needed, and the environment holds none.
         """
         return cls(
@@ -131,6 +145,7 @@ class LiveCritic:
             n_streams=1 if settings.in_process else None,
             deadline=deadline,
             retries=retries,
+            max_cost=max_cost,
         )
 
     async def critique(self, prompt: Sequence[Message], completion: str) -> tuple[Critique, bool]:
@@ -144,6 +159,9 @@ class LiveCritic:
         state = self._state()
         if call := state.calls.get(key):
             self.stats.n_shared += 1
+        elif not self._set_aside(key, messages):
+            self.stats.n_failed += 1
+            return self._record(messages, Reply(id=key, failure=LIMIT)), False
         else:
             until = state.loop.time() + self.deadline
             call = state.calls[key] = _Call(key, messages, until, state.loop.create_future())
@@ -151,6 +169,17 @@ class LiveCritic:
             self._enqueue(state, call)
         # Whoever goes away does not take the answer from the others.
         return await asyncio.shield(call.done), False
+
+    def _set_aside(self, key: str, messages: tuple[Message, ...]) -> bool:
+        """Keep back the most that a call can cost; False where the limit does not leave that."""
+        if self.purse is None or self.price is None:
+            return True
+        return self.purse.set_aside(key, self.price.cost(most_tokens(messages), self.sampling.max_tokens))
+
+    def _settle(self, critique: Critique) -> None:
+        if self.purse:
+            unsure = critique.failure.startswith(MAYBE_BILLED)
+            self.purse.settle(critique.key, critique.cost, unsure=unsure)
 
     def _state(self) -> _LoopState:
         loop = asyncio.get_running_loop()
@@ -199,7 +228,9 @@ class LiveCritic:
             state.n_streams -= 1
             for call in left.values():
                 self._free_place(state)
-                self._failed_try(state, call, self._failed(call, failure))
+                failed = self._failed(call, failure)
+                self._settle(failed)
+                self._failed_try(state, call, failed)
             self._pump(state)
 
     def _free_place(self, state: _LoopState) -> None:
@@ -208,7 +239,8 @@ class LiveCritic:
 
     def _answered(self, state: _LoopState, call: _Call, reply: Reply) -> None:
         self._free_place(state)
-        critique = self._record(call, reply)
+        critique = self._record(call.messages, reply)
+        self._settle(critique)
         self.stats.cost += critique.cost
         # A failure that cost nothing is not kept: it says more about this minute than about the call.
         if not critique.failure or critique.cost:
@@ -229,7 +261,8 @@ class LiveCritic:
         call.n_tries += 1
         wait = delay_before_retry(call.n_tries - 1)
         in_time = state.loop.time() + wait < call.until
-        if critique.failure.startswith(PASSING) and call.n_tries <= self.retries and in_time:
+        again = critique.failure.startswith(PASSING) and call.n_tries <= self.retries and in_time
+        if again and self._set_aside(call.key, call.messages):
             self.stats.n_retried += 1
             state.loop.call_later(wait, self._enqueue, state, call)
         else:
@@ -246,12 +279,12 @@ class LiveCritic:
         call.done.set_result(critique)
 
     def _failed(self, call: _Call, failure: str) -> Critique:
-        return self._record(call, Reply(id=call.key, failure=failure))
+        return self._record(call.messages, Reply(id=call.key, failure=failure))
 
-    def _record(self, call: _Call, reply: Reply) -> Critique:
+    def _record(self, messages: tuple[Message, ...], reply: Reply) -> Critique:
         return reply_record(
             reply,
-            call.messages,
+            messages,
             pair_id="",
             side="chosen",
             critic=self.critic,

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from critrm.errors import ConfigError, CriticMismatch, DataError, ModelError
-from critrm.hub_cards import model_card, pairs_card
+from critrm.hub_cards import MADE_WITH, model_card, pairs_card
 from critrm.models import EMBEDDED, PREFIX
 from critrm.score_files import read_result
 from critrm.store import disk_errors, file_name, read_records, read_rows, write_records, write_text
@@ -209,13 +209,21 @@ def _link(file: Path, to: Path) -> None:
 
 
 def _clear(out: Path) -> None:
-    """An empty folder, where it is a new one or an earlier one of ours."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "README.md").is_file():
+    """An empty folder: a new one, or one that holds what was pushed before and nothing else.
+
+    Raises:
+        ConfigError: it holds anything else, such as somebody's project or the model itself.
+    """
+    found = [file for file in out.rglob("*") if not file.is_dir()] if out.is_dir() else []
+    card = out / "README.md"
+    ours = card.is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace")
+    names = (*MODEL_FILES, "README.md", "critrm.json", "chat_template.jinja", "data/*.jsonl")
+    if found and not (ours and all(any(file.relative_to(out).match(name) for name in names) for file in found)):
         raise ConfigError(f"--out {out} holds other files: name a new folder")
     with disk_errors(out):
-        if out.is_dir():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
+        for file in found:
+            file.unlink()
+        out.mkdir(parents=True, exist_ok=True)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -52,6 +52,7 @@ def open_reward_model(
     on_failure: OnFailure = "raise",
     retries: int = 2,
     deadline: float = 120.0,
+    max_cost: float | None = None,
     cache: str | Path | None = None,
     device: str | None = None,
     precision: str = "auto",
@@ -68,6 +69,7 @@ def open_reward_model(
         on_failure: `raise`, or `without` for a model trained with critique dropout.
         retries: how often a failed critic call is made again, beyond what the client does by itself.
         deadline: seconds that a critique may take, retries included.
+        max_cost: US dollars that the critic's calls may cost; then they fail as if the critic did.
         cache: the file of answered calls; one for all runs of this user when not given.
         device: of the reward model.
         precision: `fp32`, `bf16` or `auto`.
@@ -86,7 +88,9 @@ def open_reward_model(
         given = validated(CriticConfig, dict(settings or {}), where=f"critic {critic}", what="settings")
         complete = complete_critic(critic, given, critics=load_critics(critics))
         store = CritiqueCache(cache or default_cache_path())
-        opened = LiveCritic.open(complete, critic=critic, cache=store, deadline=deadline, retries=retries)
+        opened = LiveCritic.open(
+            complete, critic=critic, cache=store, deadline=deadline, retries=retries, max_cost=max_cost
+        )
     model = RewardModel.load(run, critic=critic or None, device=device, precision=precision)
     return LiveRewardModel(
         model,

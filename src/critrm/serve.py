@@ -80,6 +80,7 @@ def command(
     on_critic_failure: Literal["raise", "without"] = "raise",
     critic_retries: int = 1,
     critic_seconds: float = 120.0,
+    max_cost: float | None = None,
     max_tokens_per_step: int = 4096,
     max_body_mb: float = 8.0,
     max_in_flight: int = 1024,
@@ -112,6 +113,8 @@ def command(
             model can that was trained with critique_dropout.
         critic_retries: how often a failed call is made again, beyond what the client does by itself.
         critic_seconds: how long a critique may take, retries and waiting included.
+        max_cost: US dollars that the critic may cost while the server runs; then its calls are not made, which counts
+            as its failure.
         max_tokens_per_step: how many tokens are computed at once; does not change the scores.
         max_body_mb: size of a request.
         max_in_flight: requests that may wait for an answer at once.
@@ -164,6 +167,7 @@ def command(
         on_failure=on_critic_failure,
         retries=critic_retries,
         deadline=critic_seconds,
+        max_cost=max_cost,
         cache=cache,
         device=device,
         precision=precision,
