@@ -135,7 +135,7 @@ def test_a_backbone_that_cannot_be_asked_costs_a_row_of_the_table(tiny_model, tm
     del recipe["critique"]["critics"]["tiny"]
     for source in (recipe["preferences"]["train"], recipe["preferences"]["test"]["mini"]):
         source["limit"] = 8
-    monkeypatch.setattr("critrm.pipeline.zero_label_outcomes", refuse)
+    monkeypatch.setattr("critrm.run_results.zero_label_scores", refuse)
     results = run_recipe(Recipe.model_validate(recipe), out=tmp_path)
     assert not any("untrained" in name for name in results["tests"]["mini"]["all"]["baselines"]["frontier-llm"])
 

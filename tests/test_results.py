@@ -6,7 +6,7 @@ import pytest
 
 from critrm.baselines import CRITIQUES_ONLY, LONGER, LONGER_CRITIQUE, SENTIMENT, UNTRAINED_ALONE, UNTRAINED_WHOLE
 from critrm.errors import DataError
-from critrm.results import ALL, baseline_notes, compare_arms
+from critrm.results import ALL, baseline_notes, blend, compare_arms
 from critrm.types import NO_CRITIC, Message, Outcome, PreferencePair, Score
 
 
@@ -39,6 +39,33 @@ def test_ties_are_not_right_and_nan_is_unscored():
     scores = [Score("p0", 0.5, 0.5), Score("p1", math.nan, 0.0)]
     arm = compare_arms(pairs, {NO_CRITIC: [scores]})[ALL]["arms"][NO_CRITIC]
     assert (arm["mean"], arm["n_tie"], arm["n_unscored"]) == (0.0, 1, 1)
+
+
+def test_a_blend_weighs_both_readings_alike_and_uses_no_label():
+    a = [Score("x", 3.0, 0.0), Score("y", 0.0, 4.0)]
+    b = [Score("y", 0.2, 0.1), Score("x", 0.0, 0.7)]
+    size_a, size_b = math.sqrt(12.5), math.sqrt(0.25)
+    margins = [score.chosen - score.rejected for score in blend(a, b)]
+    assert margins == pytest.approx([3 / size_a - 0.7 / size_b, -4 / size_a + 0.1 / size_b])
+    turned = [
+        [Score(each.pair_id, each.rejected, each.chosen) if each.pair_id == "y" else each for each in scores]
+        for scores in (a, b)
+    ]
+    turned_margins = [score.chosen - score.rejected for score in blend(*turned)]
+    assert turned_margins == pytest.approx([margins[0], -margins[1]]), "which is chosen makes no difference"
+
+
+def test_identical_completions_tie_in_a_blend_and_what_is_unscored_stays_so():
+    a = [Score("x", 1.0, 1.0), Score("y", math.nan, 0.0), Score("z", 2.0, 1.0)]
+    b = [Score("x", 0.3, 0.3), Score("y", 1.0, 0.0), Score("z", 0.0, 0.0)]
+    assert [score.outcome for score in blend(a, b)] == [Outcome.TIE, Outcome.UNSCORED, Outcome.RIGHT]
+
+
+def test_a_blend_is_compared_with_its_own_arm():
+    pairs = _pairs(["x"] * 4)
+    arm, other = _scores(pairs, {0, 1}), _scores(pairs, {0, 1, 2, 3})
+    found = compare_arms(pairs, {"c": [arm]}, blends={"c": [other]})[ALL]["blends"]["c"]
+    assert (found["mean"], found["difference"]["value"]) == (1.0, 0.5)
 
 
 def test_sections_of_a_benchmark_are_groups_over_their_items():

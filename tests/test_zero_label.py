@@ -14,7 +14,7 @@ from critrm.prompts import reward_segments
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import read_rows
 from critrm.types import CritiquedPair, Outcome
-from critrm.zero_label import BAD, CUE, GOOD, ZeroLabelModel, telling_paths, zero_label_outcomes
+from critrm.zero_label import BAD, CUE, GOOD, ZeroLabelModel, telling_paths, zero_label_scores
 
 
 @pytest.fixture
@@ -103,18 +103,18 @@ def test_long_texts_are_cut_to_what_it_may_read(tiny_model, items):
 
 def test_without_critiques_only_the_whole_text_is_read(tiny_model, pairs, items):
     plain = [CritiquedPair(pair=pair) for pair in pairs[:3]]
-    assert set(zero_label_outcomes(plain, backbone=str(tiny_model))) == {UNTRAINED_WHOLE}
-    assert zero_label_outcomes([], backbone="no/such-model") == {UNTRAINED_WHOLE: []}
+    assert set(zero_label_scores(plain, backbone=str(tiny_model))) == {UNTRAINED_WHOLE}
+    assert zero_label_scores([], backbone="no/such-model") == {UNTRAINED_WHOLE: []}
     with pytest.raises(ConfigError, match="give them"):
         ZeroLabelModel.load(str(tiny_model), critique_only=True)
     items[1] = replace(items[1], rejected_critique=" ")
-    found = zero_label_outcomes(items, backbone=str(tiny_model))
-    assert [n for n, each in enumerate(found[UNTRAINED_ALONE]) if each is Outcome.UNSCORED] == [1]
-    assert Outcome.UNSCORED not in found[UNTRAINED_WHOLE]
+    found = zero_label_scores(items, backbone=str(tiny_model))
+    assert [n for n, each in enumerate(found[UNTRAINED_ALONE]) if each.outcome is Outcome.UNSCORED] == [1]
+    assert not any(each.outcome is Outcome.UNSCORED for each in found[UNTRAINED_WHOLE])
 
 
 def test_what_was_read_is_kept_and_an_interrupted_reading_goes_on(tiny_model, items, tmp_path, monkeypatch):
-    path, whole = tmp_path / "z.jsonl", zero_label_outcomes(items, backbone=str(tiny_model))
+    path, whole = tmp_path / "z.jsonl", zero_label_scores(items, backbone=str(tiny_model))
     monkeypatch.setattr(module, "PAIRS_PER_SAVE", 2)
     read, score = [], ZeroLabelModel.score
 
@@ -126,19 +126,20 @@ def test_what_was_read_is_kept_and_an_interrupted_reading_goes_on(tiny_model, it
 
     monkeypatch.setattr(ZeroLabelModel, "score", counted)
     with pytest.raises(KeyboardInterrupt):
-        zero_label_outcomes(items, backbone=str(tiny_model), path=path)
+        zero_label_scores(items, backbone=str(tiny_model), path=path)
     assert (read, len(list(read_rows(path)))) == ([2, 2], 4)
     read.insert(0, 0)
-    assert zero_label_outcomes(items, backbone=str(tiny_model), path=path) == whole
+    assert zero_label_scores(items, backbone=str(tiny_model), path=path) == whole
     assert read[3:] == [1, 2, 2, 1], "what was left of one reading, then the other"
     monkeypatch.setattr(ZeroLabelModel, "load", lambda *_, **__: pytest.fail("loaded though all is known"))
-    assert zero_label_outcomes(items, backbone=str(tiny_model), path=path) == whole
+    assert zero_label_scores(items, backbone=str(tiny_model), path=path) == whole
 
 
 def test_identical_completions_tie(tiny_model, items):
     same = replace(items[0], pair=replace(items[0].pair, rejected=items[0].pair.chosen))
-    found = zero_label_outcomes([same], backbone=str(tiny_model))
-    assert found == {UNTRAINED_ALONE: [Outcome.TIE], UNTRAINED_WHOLE: [Outcome.TIE]}
+    found = zero_label_scores([same], backbone=str(tiny_model))
+    assert set(found) == {UNTRAINED_ALONE, UNTRAINED_WHOLE}
+    assert all(score.outcome is Outcome.TIE for scores in found.values() for score in scores)
 
 
 def test_what_is_no_language_model_or_tells_no_words_is_refused(tiny_model, tmp_path, monkeypatch):
@@ -170,5 +171,5 @@ def test_smollm2_prefers_praised_completions(smollm2, items):
     praise = "The response is correct, complete and clear; it answers the question fully."
     blame = "The response is wrong, rambles, and does not answer the question at all."
     items = [replace(item, chosen_critique=praise, rejected_critique=blame) for item in items]
-    found = zero_label_outcomes(items, backbone=str(smollm2))
-    assert all(outcomes == [Outcome.RIGHT] * 5 for outcomes in found.values())
+    found = zero_label_scores(items, backbone=str(smollm2))
+    assert all(score.outcome is Outcome.RIGHT for scores in found.values() for score in scores)

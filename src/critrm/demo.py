@@ -10,7 +10,7 @@ from critrm.config import BUNDLED, Recipe, load_recipe
 from critrm.errors import ConfigError
 from critrm.evaluate import read_scores
 from critrm.pipeline import run_recipe
-from critrm.result_tables import baselines_table, costs_table, results_table
+from critrm.result_tables import baselines_table, blends_table, costs_table, results_table
 from critrm.store import file_name, read_records
 from critrm.types import NO_CRITIC, CritiquedPair, Score
 
@@ -38,7 +38,7 @@ def command(*, out: Path = Path("runs/demo"), quick: bool = False, resume: bool 
     for critic in list(results["learning_rates"])[1:]:
         for panel in _examples(out, recipe, critic):
             console.print(panel)
-    for table in (results_table(results), baselines_table(results)):
+    for table in (results_table(results), baselines_table(results), blends_table(results)):
         if table is not None:
             console.print(table)
     console.print(costs_table(results))

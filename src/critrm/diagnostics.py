@@ -33,7 +33,7 @@ def diagnose(
         benchmark: whose sections are groups as well.
         train_items: the arm's training pairs; the bags of words learn from them, and are left out without.
         critiques: recorded critiques with the critic's own score, if there are.
-        zero_label: what the untrained backbone reads (`zero_label.zero_label_outcomes`), if it was asked.
+        zero_label: what the untrained backbone reads (`zero_label.zero_label_scores`), if it was asked.
 
     Returns:
         `groups` as `results.compare_arms` gives them (by pair, also where the benchmark counts lists), `calibration`

@@ -343,12 +343,13 @@ def _ask_backbone(
     items: Sequence[CritiquedPair], *, backbone: str, console: Console, **how: Any
 ) -> Mapping[str, Sequence[Outcome]]:
     """The zero-label baselines; nothing where the backbone cannot be asked, which is said."""
-    from critrm.zero_label import zero_label_outcomes
+    from critrm.zero_label import zero_label_scores
 
     reason = "name the model's backbone with --backbone"
     if backbone:
         try:
-            return zero_label_outcomes(items, backbone=backbone, console=console, **how)
+            found = zero_label_scores(items, backbone=backbone, console=console, **how)
+            return {name: [score.outcome for score in scores] for name, scores in found.items()}
         except (DataError, ModelError) as error:  # a null baseline is no reason to lose an evaluation
             reason = str(error)
     console.print(f"No zero-label baseline: {reason}", style="yellow", markup=False, highlight=False)

@@ -37,7 +37,7 @@ from critrm.errors import DataError
 from critrm.evaluate import evaluate
 from critrm.models import load_tokenizer
 from critrm.overlap import overlap_warning
-from critrm.result_tables import baselines_table, results_table
+from critrm.result_tables import baselines_table, blends_table, results_table
 from critrm.reward_model import RewardModel
 from critrm.run_results import write_results
 from critrm.runs import LEARNING_RATES, TRAIN, Run, Sets
@@ -351,7 +351,7 @@ def command(recipe: str, *, out: Path | None = None, dry_run: bool = False) -> N
         return
     out = out or Path("runs") / loaded.name
     results = run_recipe(loaded, out=out, console=console)
-    for table in (results_table(results), baselines_table(results)):
+    for table in (results_table(results), baselines_table(results), blends_table(results)):
         if table is not None:
             console.print(table)
     console.print(f"Run folder: {out}", soft_wrap=True)

@@ -13,6 +13,11 @@ from critrm.results import ALL, baseline_notes
 from critrm.types import NO_CRITIC
 
 _Row = list[str]
+BLEND = (
+    "the arm's rewards plus those of its backbone untrained (whole text), each divided by the size of its margins on "
+    "the test set; no label is used; difference and p: from the arm alone, paired by pair and seed"
+)
+"""What a blend is."""
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -64,6 +69,23 @@ def baselines_table(results: Mapping[str, Any]) -> Table | None:
     return table if table.row_count else None
 
 
+def blends_table(results: Mapping[str, Any]) -> Table | None:
+    """Each arm blended with its untrained backbone's reading, for the terminal; None where that was not asked."""
+    table = number_table(
+        "With the untrained backbone's reading", BLEND, ("test set, and its arms", "accuracy", "difference", "p")
+    )
+    for test, groups in results["tests"].items():
+        for label, group in groups.items():
+            blends = group.get("blends", {})
+            if group["kind"] == "subset" or not blends:
+                continue
+            table.add_row(Text(f"{test if label == ALL else label}, {group['n']} pairs", "bold"))
+            for critic, found in blends.items():
+                table.add_row(Text(f" {_name(critic)}"), *map(Text, accuracy_cells(found)))
+            table.add_section()
+    return table if table.row_count else None
+
+
 def _asks_backbone(results: Mapping[str, Any]) -> bool:
     arms = (nulls for groups in results["tests"].values() for nulls in groups[ALL].get("baselines", {}).values())
     return any(name in nulls for nulls in arms for name in ZERO_LABEL_NULLS)
@@ -106,6 +128,22 @@ def _nulls(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
         applied = [row for row in (_null(name, found, critics) for name in names) if set(row[1:]) != {"-"}]
         if applied:
             rows += [[test, *[""] * (len(titles) - 1)], *applied]
+    return titles, rows
+
+
+def _blends(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
+    """Column titles and rows of text: each arm blended, in each group."""
+    critics = list(results["learning_rates"])
+    titles = [
+        "blended with the untrained reading",
+        *(title for critic in critics for title in (critic, "difference", "p")),
+    ]
+    rows = []
+    for test, groups in results["tests"].items():
+        for label, group in groups.items():
+            if blends := group.get("blends"):
+                cells = (accuracy_cells(blends.get(critic, {"mean": None})) for critic in critics)
+                rows.append([test if label == ALL else f"  {label}", *(cell for each in cells for cell in each)])
     return titles, rows
 
 
@@ -184,6 +222,9 @@ def results_markdown(results: Mapping[str, Any]) -> str:
             "",
             *(f"- {note}\n" for note in baseline_notes(results["tests"])),
         ]
+    titles, rows = _blends(results)
+    if rows:
+        lines += [*markdown_table(titles, rows), "", f"{BLEND[0].upper()}{BLEND[1:]}.", ""]
     lines += [
         "| stage | seconds |",
         "|---|---:|",

@@ -1,5 +1,6 @@
 """Arms side by side: accuracy by group with intervals, spread over seeds, and paired tests against no critiques."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,6 +27,7 @@ def compare_arms(
     *,
     benchmark: str = "pairs",
     baselines: ArmBaselines | None = None,
+    blends: ArmScores | None = None,
 ) -> dict[str, Any]:
     """Compare each arm with the No-Critiques arm and with its null baselines on the same pairs, over all and by group.
 
@@ -34,13 +36,15 @@ def compare_arms(
         arms: the scores of each arm and seed, on exactly these pairs.
         benchmark: whose sections are groups as well.
         baselines: the null baselines of the arms.
+        blends: each arm's scores blended with another reading (`blend`), one list per seed.
 
     Returns:
         Group -> number of pairs, whether it is `all`, a `section` or a `subset` (`kind`), and per arm: `mean` strict
         accuracy over seeds with its `std`, `half` credit for ties, the 95 % Wilson interval `low` to `high` over items
         at it, ties and unscored pairs over all seeds, and the `difference` from the No-Critiques arm (paired bootstrap
         over items and seeds) with `p_value`, and `p_holm` adjusted over the sections and subsets together.
-        `baselines` holds, per arm and baseline, its accuracy and the `difference` of the arm from it.
+        `baselines` holds, per arm and baseline, its accuracy and the `difference` of the arm from it; `blends`, per
+        arm, what the blend comes to and its `difference` from the arm, seed by seed.
 
     Raises:
         DataError: an arm lacks a pair, or a baseline has another number of outcomes than there are pairs.
@@ -51,12 +55,19 @@ def compare_arms(
         for critic, found in (baselines or {}).items()
         if critic in by_arm
     }
+    blended = {
+        critic: [_by_pair(scores, pairs, critic) for scores in seeds] for critic, seeds in (blends or {}).items()
+    }
     groups = {}
     for label, (kind, members) in groups_of(pairs, benchmark).items():
         groups[label] = {"kind": kind, **_group(members, by_arm)}
         groups[label]["baselines"] = {
             critic: {name: _baseline(members, by_arm[critic], found) for name, found in each.items()}
             for critic, each in nulls.items()
+        }
+        groups[label]["blends"] = {
+            critic: _blended(_outcomes(seeds, members), _outcomes(by_arm[critic], members))
+            for critic, seeds in blended.items()
         }
     parts = [group for label, group in groups.items() if label != ALL]
     for critic in arms:
@@ -101,10 +112,7 @@ def groups_of(pairs: Sequence[PreferencePair], benchmark: str) -> dict[str, tupl
 
 
 def _group(members: list[str], by_arm: Mapping[str, list[dict[str, Score]]]) -> dict[str, Any]:
-    outcomes = {
-        critic: [[scores[pair_id].outcome for pair_id in members] for scores in seeds]
-        for critic, seeds in by_arm.items()
-    }
+    outcomes = {critic: _outcomes(seeds, members) for critic, seeds in by_arm.items()}
     right = {critic: [correctness(seed) for seed in seeds] for critic, seeds in outcomes.items()}
     arms = {}
     for critic, seeds in outcomes.items():
@@ -114,6 +122,42 @@ def _group(members: list[str], by_arm: Mapping[str, list[dict[str, Score]]]) -> 
             "difference": _difference(right[critic], right[NO_CRITIC]) if is_compared else None,
         }
     return {"n": len(members), "arms": arms}
+
+
+def _outcomes(seeds: Sequence[Mapping[str, Score]], members: Sequence[str]) -> list[list[Outcome]]:
+    return [[scores[pair_id].outcome for pair_id in members] for scores in seeds]
+
+
+def _blended(seeds: Sequence[Sequence[Outcome]], arm: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
+    return {**accuracy_over_seeds(seeds), "difference": same_models_difference(seeds, arm)}
+
+
+def blend(scores: Sequence[Score], others: Sequence[Score]) -> list[Score]:
+    """Two readings of the same pairs as one: the sum of their rewards, each on a scale on which its margins are 1.
+
+    The scale is the root mean square of the margins (chosen minus rejected), which does not change when the two
+    completions of a pair are exchanged: no label is used.
+
+    Args:
+        scores: one reading.
+        others: the other, of the same pairs in any order.
+    """
+    second = {score.pair_id: score for score in others}
+    a, b = _scale(scores), _scale(others)
+    return [
+        Score(
+            score.pair_id,
+            score.chosen / a + second[score.pair_id].chosen / b,
+            score.rejected / a + second[score.pair_id].rejected / b,
+        )
+        for score in scores
+    ]
+
+
+def _scale(scores: Sequence[Score]) -> float:
+    margins = [score.chosen - score.rejected for score in scores]
+    known = [margin * margin for margin in margins if math.isfinite(margin)]
+    return math.sqrt(sum(known) / len(known)) if any(known) else 1.0
 
 
 def accuracy_over_seeds(seeds: Sequence[Sequence[Outcome]]) -> dict[str, Any]:

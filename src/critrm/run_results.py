@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from critrm.augment import Augmented
-from critrm.baselines import baselines
+from critrm.baselines import UNTRAINED_WHOLE, baselines
 from critrm.config import PairSource
 from critrm.errors import DataError, ModelError
 from critrm.result_tables import results_markdown
-from critrm.results import ArmScores, compare_arms
+from critrm.results import ArmScores, blend, compare_arms
 from critrm.runs import TRAIN, Run
 from critrm.score_files import read_scores
 from critrm.store import file_name, write_text
-from critrm.types import NO_CRITIC, Critique, CritiquedPair, Outcome, Score
-from critrm.zero_label import zero_label_outcomes
+from critrm.types import NO_CRITIC, Critique, CritiquedPair, Score
+from critrm.zero_label import zero_label_scores
 
 
 def write_results(
@@ -35,12 +35,18 @@ def write_results(
     for name, source in run.recipe.preferences.test.items():
         arms: ArmScores = {critic: _seed_scores(run, critic, name, source) for critic in augmented[name].arms}
         pairs = [item.pair for item in augmented[name].arms[NO_CRITIC]]
+        untrained = {critic: _zero_label(run, name, items) for critic, items in augmented[name].arms.items()}
         nulls = {
             critic: baselines(augmented[TRAIN].arms[critic], items, critiques=critiques.get(critic, ()))
-            | _zero_label(run, name, items)
+            | {reading: [score.outcome for score in scores] for reading, scores in untrained[critic].items()}
             for critic, items in augmented[name].arms.items()
         }
-        tests[name] = compare_arms(pairs, arms, benchmark=source.benchmark, baselines=nulls)
+        blends = {
+            critic: [blend(scores, found[UNTRAINED_WHOLE]) for scores in arms[critic]]
+            for critic, found in untrained.items()
+            if UNTRAINED_WHOLE in found
+        }
+        tests[name] = compare_arms(pairs, arms, benchmark=source.benchmark, baselines=nulls, blends=blends)
     results: dict[str, Any] = {
         "recipe": run.recipe.name,
         "backbone": run.recipe.train.backbone,
@@ -57,14 +63,14 @@ def write_results(
     return results
 
 
-def _zero_label(run: Run, name: str, items: Sequence[CritiquedPair]) -> dict[str, list[Outcome]]:
+def _zero_label(run: Run, name: str, items: Sequence[CritiquedPair]) -> dict[str, list[Score]]:
     """What the untrained backbone reads in an arm of a test set; nothing where it cannot be asked, which is said."""
     recipe, critic = run.recipe, items[0].critic
     if not recipe.evaluate.zero_label:
         return {}
     try:
         with run.timed(f"zero-label {critic}"):
-            return zero_label_outcomes(
+            return zero_label_scores(
                 items,
                 backbone=recipe.train.backbone,
                 max_length=recipe.augment.max_length,

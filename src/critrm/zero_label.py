@@ -7,7 +7,7 @@ critique alone, which costs less.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,7 @@ from critrm.errors import ConfigError, DataError, ModelError
 from critrm.reward_model import Reads
 from critrm.score_files import saved_scores, score_row
 from critrm.store import content_hash, write_records
-from critrm.types import NO_CRITIC, SIDES, CritiquedPair, Outcome, Score
+from critrm.types import NO_CRITIC, SIDES, CritiquedPair, Score
 
 PREFIX = "zero-label:"
 ALONE_PREFIX = "zero-label-alone:"
@@ -262,7 +262,7 @@ def _asked(max_length: int) -> str:
     return content_hash(CUE, GOOD, BAD, max_length)
 
 
-def zero_label_outcomes(
+def zero_label_scores(
     items: Sequence[CritiquedPair],
     *,
     backbone: str,
@@ -270,8 +270,8 @@ def zero_label_outcomes(
     max_tokens_per_step: int = 4096,
     path: str | Path | None = None,
     console: Console | None = None,
-) -> dict[str, list[Outcome]]:
-    """An arm's zero-label readings as null baselines, by their names in `baselines.ZERO_LABEL_NULLS`.
+) -> dict[str, list[Score]]:
+    """An arm's zero-label readings, by their names in `baselines.ZERO_LABEL_NULLS`.
 
     Without critiques there is only that of the whole text.
 
@@ -285,7 +285,7 @@ def zero_label_outcomes(
         console: gets the progress bar; none is shown when None.
 
     Returns:
-        For each reading one outcome per pair, in their order.
+        For each reading one score per pair, in their order.
 
     Raises:
         ModelError: the backbone cannot be loaded, or is no language model.
@@ -320,4 +320,7 @@ def zero_label_outcomes(
                 levelled = level_identical([item.pair for item in found], scores)
                 known |= {keys[name, i]: score for i, score in zip(part, levelled, strict=True)}
                 save()
-    return {name: [known[keys[name, i]].outcome for i in range(len(items))] for name in names}
+    # A kept row may be of a pair that had another id.
+    return {
+        name: [replace(known[keys[name, i]], pair_id=item.pair.id) for i, item in enumerate(items)] for name in names
+    }
