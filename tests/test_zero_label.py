@@ -116,9 +116,7 @@ def test_without_critiques_only_the_whole_text_is_read(tiny_model, pairs, items)
 def rewards(readings):
     """By reading and pair."""
     return {
-        (name, score.pair_id): (score.chosen, score.rejected)
-        for name, scores in readings.items()
-        for score in scores
+        (name, score.pair_id): (score.chosen, score.rejected) for name, scores in readings.items() for score in scores
     }
 
 
