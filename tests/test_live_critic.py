@@ -79,6 +79,20 @@ def test_calls_under_way_do_not_exceed_the_limit_together(reads_critiques, scrip
     assert len(chat.calls) == 2
 
 
+def test_a_call_that_was_never_made_takes_nothing_from_the_limit(cache):
+    with serving(lambda _: Answer(body="", delay=3.0)) as server:
+        chat = OpenAIChat("scripted", base_url=server.url, concurrency=1, timeout=30, api_key="k")
+        critic = make_critic(chat, cache, deadline=0.5, concurrency=1, price=PRICE, max_cost=100.0, max_tokens=4)
+
+        async def three():
+            found = await asyncio.gather(*(critic.critique(PROMPT, str(n)) for n in range(3)))
+            await asyncio.sleep(0.1)
+            return [critique.failure for critique, _ in found]
+
+        assert asyncio.run(three()) == ["timeout"] * 3
+    assert critic.purse.left == 96.0, "the one under way may be billed; those in the queue cannot"
+
+
 def test_a_limit_needs_a_price(scripted_chat, cache):
     with pytest.raises(ConfigError, match="price"):
         make_critic(scripted_chat(failing("x")), cache, max_cost=1.0)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from critrm import __version__
+from critrm.metrics import n_scored
 from critrm.prompts import reward_segments, with_critique
 from critrm.report_markup import escaped
 from critrm.result_tables import arms_markdown, markdown_table
@@ -180,12 +181,10 @@ def _results(results: Mapping[str, EvalResult]) -> list[str]:
     rows = []
     for test, result in results.items():
         tally = result.overall
-        n_scored = tally.n_right + tally.n_wrong + tally.n_tie
-        rows.append([test, str(n_scored), _cell(tally.accuracy), str(tally.n_tie)])
+        rows.append([test, str(n_scored(tally)), _cell(tally.accuracy), str(tally.n_tie)])
         if len(result.subsets) > 1:
             for subset, each in result.subsets.items():
-                n_scored = each.n_right + each.n_wrong + each.n_tie
-                rows.append([f"  {subset}", str(n_scored), _cell(each.accuracy), str(each.n_tie)])
+                rows.append([f"  {subset}", str(n_scored(each)), _cell(each.accuracy), str(each.n_tie)])
     table = "\n".join(markdown_table(["test set", "pairs", "accuracy", "ties"], rows))
     return [table, f"{CHOSEN_BY} These are the numbers of this very model, one seed."]
 

@@ -201,6 +201,9 @@ class LiveCritic:
                 call = state.queue.popleft()
                 if not call.done.done():
                     batch.append(call)
+                elif self.purse:
+                    # Nobody waited long enough for it to be made.
+                    self.purse.settle(call.key, 0.0)
             if batch:
                 state.n_free -= len(batch)
                 state.n_streams += 1

@@ -3,6 +3,7 @@
 Nothing leaves the machine without `--upload`; until then the folder to be uploaded can be read.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -101,7 +102,7 @@ def stage_model(
     _clear(out)
     with disk_errors(out):
         for file in _files(folder):
-            _link(file, out / file.name)
+            _put(file, out / file.name)
     write_text(out / "chat_template.jinja", REWARD_CHAT_TEMPLATE)
     facts = asdict(reads) | {"backbone": base_model or shown}
     write_text(out / "critrm.json", json.dumps(facts, indent=2) + "\n")
@@ -200,12 +201,13 @@ def _files(folder: Path) -> list[Path]:
     return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
 
 
-def _link(file: Path, to: Path) -> None:
-    """Weights are large: the same bytes under a second name, where the disk can do that."""
-    try:
-        os.link(file.resolve(), to)
-    except OSError:
-        shutil.copyfile(file, to)
+def _put(file: Path, to: Path) -> None:
+    """Copy a file; weights, which are large, get a second name where the disk can do that."""
+    if file.suffix == ".safetensors":
+        with contextlib.suppress(OSError):
+            os.link(file.resolve(), to)
+            return
+    shutil.copyfile(file, to)
 
 
 def _clear(out: Path) -> None:
