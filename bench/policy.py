@@ -220,7 +220,7 @@ def grpo(args: argparse.Namespace) -> dict[str, Any]:
     for arm in REWARDS:
         folder = train_policy(args, arm)
         log = json.loads((folder / "log.json").read_text(encoding="utf-8"))
-        _, after, read = read_policy(args, f"local:{folder}", arm)
+        _, after, read = read_policy(args, str(folder), arm)
         own = [own_rewards(args, arm, name, pairs, rows) for name, rows in ((arm, after), ("before", before))]
         found[arm] = {"its own reward": difference(means(own[0]), means(own[1]))}
         found[arm] |= {name: difference(means(read[name]), means(seen[name])) for name in seen}
