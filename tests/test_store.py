@@ -249,6 +249,33 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_records_are_written_as_they_come_and_counted(tmp_path):
+    path, waiting = tmp_path / "a.jsonl", []
+
+    def rows(n):
+        for i in range(n):
+            waiting.append(i)
+            yield {"i": i, "text": "x" * 100_000}
+            # The ones before are on their way to the disk: many pairs do not have to fit into memory as text.
+            assert sum(each.stat().st_size for each in tmp_path.iterdir()) >= 100_000 * (i - 1)
+
+    assert write_records(path, rows(20)) == 20 and len(waiting) == 20
+    assert [row["i"] for _, row in read_rows(path)] == list(range(20))
+
+
+def test_records_that_fail_on_the_way_leave_the_old_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_records(path, [{"a": 1}])
+
+    def rows():
+        yield {"a": 2}
+        raise KeyError("no more")
+
+    with pytest.raises(KeyError):
+        write_records(path, rows())
+    assert [row for _, row in read_rows(path)] == [{"a": 1}] and list(tmp_path.iterdir()) == [path]
+
+
 def test_folders_are_made_and_line_ends_kept(tmp_path):
     write_text(tmp_path / "a" / "b" / "c.txt", "x\r\ny\n")
     assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == b"x\r\ny\n"

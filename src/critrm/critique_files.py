@@ -81,7 +81,7 @@ def _read_row(row: dict[str, Any], critic: str) -> Critique:
     return Critique(
         key=str(row.get("key") or _key(critic, pair_id, side, text, sample)),
         pair_id=str(pair_id),
-        side=side,
+        side=SIDES[SIDES.index(side)],  # one string for all rows, not one per row
         text=text.strip(),
         critic=critic,
         prompt_version=str(row.get("prompt_version") or ""),
@@ -102,7 +102,7 @@ def _key(critic: str, pair_id: str | int, side: Side, text: str, sample: int) ->
 
 def _number(row: dict[str, Any], name: str) -> float:
     try:
-        return float(row.get(name) or 0)
+        return float(row[name]) if row.get(name) else 0.0
     except (TypeError, ValueError):
         raise DataError(f"must be a number, not {row[name]!r}", field=name) from None
 

@@ -12,7 +12,8 @@ Fields = dict[str, Any]
 TIE = "tie"
 NO_MAJORITY = "no majority"
 NOT_UNANIMOUS = "not unanimous"
-ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 TURN = re.compile(r"(?:^|\n\n)(?:## )?(Human|Assistant):")
 
 
@@ -52,11 +53,11 @@ def _messages(value: object, field: str) -> tuple[Message, ...]:
         raise bad_field(field, "missing" if value is None else "must be text or a list of messages")
     found = []
     for item in value:
-        if not isinstance(item, dict) or item.get("role") not in ("system", "user", "assistant"):
+        if not isinstance(item, dict) or item.get("role") not in ROLES:
             raise bad_field(field, "each message needs a role (system, user or assistant) and a content")
         if not isinstance(item.get("content"), str):
             raise bad_field(field, "each message needs a content that is text")
-        found.append(Message(item["role"], checked_text(item["content"], field)))
+        found.append(Message(ROLES[ROLES.index(item["role"])], checked_text(item["content"], field)))
     return tuple(found)
 
 
@@ -71,7 +72,7 @@ def _transcript(text: str) -> tuple[Message, ...]:
     if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
         return ()
     # Spaces and line ends around a turn are the transcript's, not the turn's.
-    return tuple(Message(ROLES[role], said.strip(" \n")) for role, said in zip(parts[1::2], parts[2::2], strict=True))
+    return tuple(Message(SPEAKERS[role], said.strip(" \n")) for role, said in zip(parts[1::2], parts[2::2], strict=True))
 
 
 def _own(row: Fields) -> Fields:

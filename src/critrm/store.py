@@ -143,8 +143,8 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot write ({error}). Free space or choose another folder.") from error
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Replace a file atomically.
+def write_text(path: str | Path, text: str | Iterable[str]) -> None:
+    """Replace a file atomically, by a text or by its parts as they come.
 
     Raises:
         StorageError: the disk is full or read-only; the old file is untouched.
@@ -155,7 +155,7 @@ def write_text(path: str | Path, text: str) -> None:
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(beside, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+                file.writelines([text] if isinstance(text, str) else text)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
@@ -185,9 +185,15 @@ def write_records(path: str | Path, records: Iterable[object]) -> int:
     Raises:
         StorageError: the disk is full or read-only; the old file is untouched.
     """
-    lines = [to_json(record) + "\n" for record in records]
-    write_text(path, "".join(lines))
-    return len(lines)
+    n_records = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal n_records
+        for n_records, record in enumerate(records, 1):
+            yield to_json(record) + "\n"
+
+    write_text(path, lines())
+    return n_records
 
 
 def from_json(record_type: type[R], value: Any) -> R:
