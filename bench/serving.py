@@ -1,19 +1,21 @@
 """The server under load: critrm serve, a plain FastAPI endpoint and offline scoring; then critics that fail.
 
     python bench/serving.py --model runs/x/model --pairs arms/x.jsonl --out serving.json
-    python bench/serving.py --model ... --pairs ... --clients 50 200 500 --seconds 120 --critics fail hang restart
+    python bench/serving.py --model ... --pairs ... --clients 50 200 500 --seconds 120 --critics steady fail hang restart
 
 Clients on kept connections ask, wait for the answer, and ask again; each request is one pair (a prompt, two
 completions, their critiques). Every answer is checked against the offline reward of exactly what the answer says was
 read; `wrong` are those that differ, `lost` are requests without an answer, `refused` those that the server answered
 with an error, as its policy says. Take pairs that fit the model's length: the plain endpoint cuts others differently.
 
-`plain` is what one writes first: an endpoint with AutoModelForSequenceClassification that scores one request at a time.
+`plain` is what one writes first: an endpoint with AutoModelForSequenceClassification that scores one request at a time;
+it is asked by the first number of clients, since more only wait longer.
 `offline` is RewardModel.score over the same pairs. Throughput is pairs per second; memory is the server's resident set,
 every second. The clients are a process of their own on the same machine, and cost the server what they compute.
 
-With --critics the server asks a critic (a local server that answers at once, each completion differently) which fails
-20 % of its calls, hangs for a third of the time, or is killed and started again.
+With --critics the server asks a critic, a local server that answers at once and each completion differently: `steady`, by
+all numbers of clients; and by the first of them one that fails 20 % of its calls, hangs for a third of the time, or is
+killed and started again.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from machine import matmul_rate
 SOURCE = Path(__file__).parents[1] / "src"
 TOLERANCE = {"fp32": 2e-3, "bf16": 0.15}
 """How far a reward may be from the offline one: rows are packed differently, which rounds differently."""
-CRITICS = ("fail", "hang", "restart")
+CRITICS = ("steady", "fail", "hang", "restart")
 PERIOD = 6.0
 """Seconds after which a critic that hangs or is killed is itself again, and the other way round."""
 
@@ -350,7 +352,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     # Its critiques are in the requests; the critic is named because the model reads one, and never asked.
     silent = [] if reads == "none" else [*name, "--base-url", "http://127.0.0.1:9/v1"]
     for side in ("critrm", "plain"):
-        for clients in arguments.clients:
+        for clients in arguments.clients[: None if side == "critrm" else 1]:
             port = _free_port()
             words = serve_words(arguments, port, *silent)
             if side == "plain":
@@ -362,14 +364,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 found = measured(process, port, bodies, clients=clients, seconds=seconds)
             rows[f"{side} {clients}"] = summary(found, offline.check)
     for kind in arguments.critics if reads != "none" else ():
-        with critic(kind) as url:
-            port = _free_port()
-            more = [*name, "--base-url", url, "--cache", str(folder / f"{kind}.sqlite"), "--timeout", "3"]
-            more += ["--critic-seconds", "30", "--concurrency", "64"]
-            with server(serve_words(arguments, port, *more), port, folder / f"{kind}.log") as process:
-                bodies = offline.bodies(critiques=False)
-                found = measured(process, port, bodies, clients=arguments.clients[0], seconds=seconds)
-        rows[f"{kind} {arguments.clients[0]}"] = summary(found, offline.check)
+        for clients in arguments.clients[: None if kind == "steady" else 1]:
+            with critic(kind) as url:
+                port = _free_port()
+                more = [*name, "--base-url", url, "--cache", str(folder / f"{kind}-{clients}.sqlite"), "--timeout", "3"]
+                more += ["--critic-seconds", "30", "--concurrency", "64"]
+                with server(serve_words(arguments, port, *more), port, folder / f"{kind}-{clients}.log") as process:
+                    bodies = offline.bodies(critiques=False)
+                    found = measured(process, port, bodies, clients=clients, seconds=seconds)
+            rows[f"{kind} critic {clients}"] = summary(found, offline.check)
     return rows
 
 
