@@ -17,6 +17,7 @@ from rich.console import Console
 
 from critrm import evaluate as stage
 from critrm.augment import augment_pairs, write_augmented
+from critrm.critique_files import read_critiques
 from critrm.errors import ConfigError, CriticMismatch, DataError, StorageError
 from critrm.evaluate import command, evaluate, read_result, read_scores, result_table
 from critrm.metrics import tally
@@ -288,7 +289,7 @@ def test_the_command_joins_critiques_and_says_what_it_dropped(model_folder, file
 
 
 def test_the_command_reads_an_arm_of_augment_and_filters_pairs(model_folder, files, pairs, capsys):
-    critiques = [replace(row) for row in stage.read_critiques(files / "critiques.jsonl")]
+    critiques = [replace(row) for row in read_critiques(files / "critiques.jsonl")]
     write_augmented(files / "arms", augment_pairs(pairs, {"c": critiques}))
     command(str(model_folder), str(files / "arms" / "c.jsonl"), out=files / "out")
     assert read_result(files / "out" / "pairs.json").overall.n_unscored == 0
@@ -328,7 +329,7 @@ def test_the_command_leaves_a_list_unscored_whose_critique_failed(model_folder, 
     names = dict(zip((pair.id for pair in pairs), (pair.id for pair in changed), strict=True))
     critiques = [
         replace(row, pair_id=names[row.pair_id])
-        for row in stage.read_critiques(files / "critiques.jsonl")
+        for row in read_critiques(files / "critiques.jsonl")
         if row.pair_id != "pair-04"
     ]
     write_records(files / "critiques.jsonl", critiques)
@@ -357,7 +358,7 @@ def test_the_command_refuses_what_does_not_fit(model_folder, files):
 
 
 def test_the_command_probes_and_lays_null_baselines_beside(model_folder, files, pairs, capsys):
-    critiques = stage.read_critiques(files / "critiques.jsonl")
+    critiques = read_critiques(files / "critiques.jsonl")
     augmented = augment_pairs(pairs, {"c": critiques})
     write_augmented(files / "arms", augmented)
     arm, train, same_prompt = (str(files / "arms" / f"{name}.jsonl") for name in ("c", "train", "same-prompt"))

@@ -7,7 +7,7 @@ completion are read once for all of a critique's variants.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from critrm.arm_files import only_critic, read_arm
 from critrm.attribution_files import AspectTotal, Attribution, SentenceEffect, saved_attributions, write_attributions
 from critrm.attribution_files import read_attributions as read_attributions
 from critrm.attribution_page import attribution_page, totals_table
 from critrm.augment import augment_pairs
 from critrm.batching import Candidates
-from critrm.critique_files import read_critiques
+from critrm.critique_files import critiques_by_one
 from critrm.errors import ConfigError, CriticMismatch, DataError
 from critrm.preferences import read_pairs
 from critrm.sentences import ASPECTS, OTHER, aspect_of, split_sentences
-from critrm.store import content_hash, read_records, read_rows, write_text
+from critrm.store import content_hash, write_text
 from critrm.types import NO_CRITIC, SIDES, CritiquedPair, Side
 
 if TYPE_CHECKING:
@@ -259,18 +260,15 @@ def command(
     if critiques is None:
         if critic or split or source or subset or dialect != "auto":
             raise ConfigError("an arm is read as it is; for other pairs, name their critiques with --critiques")
-        items = tuple(_arm(pairs))[:limit]
+        items = _arm(pairs)[:limit]
     else:
         filters: dict[str, Any] = {"split": split, "source": source, "subset": subset, "limit": limit}
         found = read_pairs(pairs, dialect=dialect, skip_bad=skip_bad, **filters)
-        rows = read_critiques(critiques, critic=critic)
-        names = sorted({row.critic for row in rows})
-        if len(names) > 1:
-            raise DataError(f"critiques by {names}: name one with --critic", path=str(critiques), field="critic")
-        augmented = augment_pairs(found.pairs, {names[0]: rows})
+        name, rows = critiques_by_one(critiques, critic=critic)
+        augmented = augment_pairs(found.pairs, {name: rows})
         if augmented.dropped:
             console.print(f"{len(augmented.dropped)} pairs left out: no critique of both sides", style="yellow")
-        items = augmented.arms[names[0]]
+        items = augmented.arms[name]
     from critrm.reward_model import RewardModel
 
     totals = attribute_to_folder(
@@ -286,10 +284,10 @@ def command(
     console.print(f"Page: {out / 'attribution.html'}", soft_wrap=True, markup=False)
 
 
-def _arm(path: str) -> Iterator[CritiquedPair]:
-    if not Path(path).is_file() or "pair" not in next(iter(read_rows(path)))[1]:
+def _arm(path: str) -> tuple[CritiquedPair, ...]:
+    items = read_arm(path)
+    if items is None:
         raise ConfigError(f"{path} is no arm that `critrm augment` wrote: name the pairs' critiques with --critiques")
-    for item in read_records(path, CritiquedPair):
-        if item.critic == NO_CRITIC:
-            raise ConfigError(f"{path} is the arm without critiques: there is nothing to take apart")
-        yield item
+    if only_critic(items) == NO_CRITIC:
+        raise ConfigError(f"{path} is the arm without critiques: there is nothing to take apart")
+    return items

@@ -47,6 +47,23 @@ def read_critiques(path: str | Path, *, critic: str | None = None, dialect: str 
     return rows
 
 
+def critiques_by_one(path: str | Path, *, critic: str | None = None) -> tuple[str, list[Critique]]:
+    """`read_critiques` of a file that holds those of one critic, and the critic's name.
+
+    Raises:
+        DataError: as `read_critiques`, or there are several critics.
+    """
+    rows = read_critiques(path, critic=critic)
+    names = sorted({row.critic for row in rows})
+    if len(names) > 1:
+        raise DataError(
+            f"critiques by {names}: make a file of each, or call them all one with --critic",
+            path=str(path),
+            field="critic",
+        )
+    return names[0], rows
+
+
 def _stem(path: str | Path) -> str:
     """`gpt-4.1.jsonl.gz` is by gpt-4.1."""
     return Path(Path(path).name.removesuffix(".gz")).stem

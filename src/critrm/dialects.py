@@ -72,7 +72,9 @@ def _transcript(text: str) -> tuple[Message, ...]:
     if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
         return ()
     # Spaces and line ends around a turn are the transcript's, not the turn's.
-    return tuple(Message(SPEAKERS[role], said.strip(" \n")) for role, said in zip(parts[1::2], parts[2::2], strict=True))
+    return tuple(
+        Message(SPEAKERS[role], said.strip(" \n")) for role, said in zip(parts[1::2], parts[2::2], strict=True)
+    )
 
 
 def _own(row: Fields) -> Fields:

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from critrm.arm_files import only_critic, read_arm, read_training_arm, refuse_shared, with_dropped
 from critrm.augment import augment_pairs, segment_pair, text_encoder
 from critrm.benchmarks import find_benchmark, level_identical, read_benchmark, summarise
-from critrm.benchmarks.best_of_n import list_id
 from critrm.benchmarks.rewardbench import official_files
-from critrm.critique_files import read_critiques
+from critrm.critique_files import critiques_by_one
 from critrm.diagnostics import diagnose, diagnostics_table, result_table
 from critrm.errors import ConfigError, CriticMismatch, DataError, ModelError
 from critrm.overlap import overlap_warning
@@ -25,7 +25,7 @@ from critrm.probe import probe_json, probe_table
 from critrm.score_files import read_result as read_result
 from critrm.score_files import read_scores as read_scores
 from critrm.score_files import saved_scores, score_row
-from critrm.store import content_hash, disk_errors, file_name, read_records, read_rows, write_records, write_text
+from critrm.store import content_hash, disk_errors, file_name, write_records, write_text
 from critrm.types import NO_CRITIC, Critique, CritiquedPair, EvalResult, Outcome, PreferencePair, Score
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def evaluate(
         ConfigError: no such benchmark.
         StorageError: the disk is full or read-only.
     """
-    _refuse_shared(train_items, pairs)
+    refuse_shared(train_items, pairs)
     result, scores = score_benchmark(
         model,
         pairs,
@@ -107,7 +107,7 @@ def score_benchmark(
     console: Console | None = None,
 ) -> tuple[EvalResult, list[Score]]:
     """`evaluate` without the statistics: the result, and the rewards that it was computed from."""
-    critic = _critic(pairs)
+    critic = only_critic(pairs)
     without = critic == NO_CRITIC and model.scores_without_critiques
     if critic != model.critic and not without and not allow_other_critic:
         raise CriticMismatch(
@@ -143,26 +143,6 @@ def score_benchmark(
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _critic(pairs: Sequence[CritiquedPair]) -> str:
-    critics = sorted({item.critic for item in pairs})
-    if len(critics) != 1:
-        raise DataError(f"evaluation needs pairs of one critic, got {critics or 'no pairs'}", field="critic")
-    return critics[0]
-
-
-def _refuse_shared(train_items: Sequence[CritiquedPair], items: Sequence[CritiquedPair], *, path: str = "") -> None:
-    """Baselines that learnt the test pairs' labels would only recall them."""
-    train = {item.pair.id for item in train_items}
-    shared = [item.pair.id for item in items if item.pair.id in train]
-    if shared:
-        raise DataError(
-            f"{len(shared)} of the {len(items)} test pairs are training pairs, such as {shared[0]!r}: name the pairs "
-            "that the arm was trained on, none of which is tested",
-            path=path,
-            field="id",
-        )
 
 
 def _scores(
@@ -252,7 +232,7 @@ def command(
     """
     find_benchmark(benchmark)  # a misspelt name is found before anything is loaded
     console = Console()
-    items, recorded = _read_augmented(pairs), dict[str, list[Critique]]()
+    items, recorded = read_arm(pairs), dict[str, list[Critique]]()
     if items is None:
         found = read_benchmark(
             pairs,
@@ -264,7 +244,11 @@ def command(
             skip_bad=skip_bad,
         )
         _show_counts(console, "rows left out", (row.reason for row in found.skipped))
-        recorded = _by_critic(critiques, critic)
+        if critiques is not None:
+            name, rows = critiques_by_one(critiques, critic=critic)
+            recorded = {name: rows}
+        elif critic is not None:
+            raise ConfigError(f"no critiques by {critic!r} are given: add --critiques FILE")
         augmented = augment_pairs(found.pairs, recorded)
         _show_counts(console, "pairs dropped", augmented.dropped.values())
         items = list(augmented.arms.values())[-1]  # the critic's arm; the No-Critiques arm where there is no critic
@@ -272,8 +256,8 @@ def command(
     elif critiques or critic or split or source or subset or dialect != "auto":
         raise ConfigError(f"{pairs} is an arm with its critiques: give no critiques, critic or filter beside it")
     else:
-        whole = _with_dropped(items, Path(pairs).with_name("augment.json"))
-    train_items = _train_items(train, items)
+        whole = with_dropped(items, Path(pairs).with_name("augment.json"))
+    train_items = read_training_arm(train, items) if train else ()
     if warning := overlap_warning([item.pair for item in train_items], [item.pair for item in items], name=pairs):
         console.print(warning, style="yellow", markup=False, highlight=False)
     if probe and items[0].critic == NO_CRITIC:
@@ -354,53 +338,6 @@ def _ask_backbone(
             reason = str(error)
     console.print(f"No zero-label baseline: {reason}", style="yellow", markup=False, highlight=False)
     return {}
-
-
-def _train_items(train: str, items: Sequence[CritiquedPair]) -> tuple[CritiquedPair, ...]:
-    if not train:
-        return ()
-    found = _read_augmented(train)
-    if found is None:
-        raise DataError("not an arm that `critrm augment` wrote", path=train)
-    if _critic(found) != items[0].critic:
-        raise CriticMismatch(f"--train {train} is of critic {_critic(found)!r}, the pairs are of {items[0].critic!r}")
-    _refuse_shared(found, items, path=train)
-    return found
-
-
-def _read_augmented(pairs: str) -> tuple[CritiquedPair, ...] | None:
-    """The pairs of an arm's file; None for any other file and for a hub id."""
-    if not Path(pairs).is_file():
-        return None
-    try:
-        _, row = next(iter(read_rows(pairs)))
-    except DataError:
-        return None  # read_pairs says what is wrong with it, or leaves the row out
-    return tuple(read_records(pairs, CritiquedPair)) if "pair" in row else None
-
-
-def _with_dropped(items: Sequence[CritiquedPair], facts: Path) -> tuple[PreferencePair, ...]:
-    """An arm's pairs, and those that `critrm augment` dropped (`augment.json` says which) of lists that it has."""
-    pairs = {item.pair.id: item.pair for item in items}
-    dropped = next(iter(read_rows(facts)))[1].get("dropped_pairs") if facts.is_file() else None
-    of_list = {list_id(pair_id): pair for pair_id, pair in pairs.items()}
-    for pair_id in dropped or ():
-        if list_id(pair_id) in of_list:
-            # Their texts are not known, nor needed to count the list.
-            pairs.setdefault(pair_id, replace(of_list[list_id(pair_id)], id=pair_id))
-    return tuple(pairs.values())
-
-
-def _by_critic(critiques: Path | None, critic: str | None) -> dict[str, list[Critique]]:
-    if critiques is None:
-        if critic is not None:
-            raise ConfigError(f"no critiques by {critic!r} are given: add --critiques FILE")
-        return {}
-    rows = read_critiques(critiques, critic=critic)
-    names = sorted({row.critic for row in rows})
-    if len(names) > 1:
-        raise DataError(f"critiques by {names}: name one with a file of its own", path=str(critiques), field="critic")
-    return {names[0]: rows}
 
 
 def _cuts(model: "Model", items: Iterable[CritiquedPair]) -> list[str]:

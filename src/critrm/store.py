@@ -189,9 +189,11 @@ def write_records(path: str | Path, records: Iterable[object]) -> int:
 
     def lines() -> Iterator[str]:
         nonlocal n_records
-        for n_records, record in enumerate(records, 1):
+        for record in records:
+            n_records += 1
             yield to_json(record) + "\n"
 
+    # Line by line: all lines together would take more memory than the records do.
     write_text(path, lines())
     return n_records
 
