@@ -1,7 +1,7 @@
 """The server under load: critrm serve, a plain FastAPI endpoint and offline scoring; then critics that fail.
 
     python bench/serving.py --model runs/x/model --pairs arms/x.jsonl --out serving.json
-    python bench/serving.py --model ... --pairs ... --clients 50 200 500 --seconds 120 --critics steady fail hang restart
+    python bench/serving.py ... --clients 50 200 500 --seconds 120 --critics steady fail hang restart
 
 Clients on kept connections ask, wait for the answer, and ask again; each request is one pair (a prompt, two
 completions, their critiques). Every answer is checked against the offline reward of exactly what the answer says was
@@ -13,9 +13,9 @@ it is asked by the first number of clients, since more only wait longer.
 `offline` is RewardModel.score over the same pairs. Throughput is pairs per second; memory is the server's resident set,
 every second. The clients are a process of their own on the same machine, and cost the server what they compute.
 
-With --critics the server asks a critic, a local server that answers at once and each completion differently: `steady`, by
-all numbers of clients; and by the first of them one that fails 20 % of its calls, hangs for a third of the time, or is
-killed and started again.
+With --critics the server asks a critic, a local server that answers at once and each completion differently: `steady`
+under all numbers of clients; and under the first of them one that fails 20 % of its calls, hangs for a third of the
+time, or is killed and started again.
 """
 
 import argparse
