@@ -6,16 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from critrm.doctor import (
-    Finding,
-    check_critics,
-    check_lengths,
-    check_pairs,
-    check_reward_model,
-    check_tokenizer,
-    command,
-)
+from critrm.data_checks import check_critics, check_lengths, check_pairs
+from critrm.doctor import command
 from critrm.errors import ConfigError
+from critrm.findings import Finding
+from critrm.model_checks import check_reward_model, check_tokenizer
 from critrm.models import load_tokenizer
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import write_records
