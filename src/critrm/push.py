@@ -8,24 +8,29 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from critrm.errors import ConfigError, CriticMismatch, DataError, ModelError
+from critrm.errors import ConfigError, DataError, ModelError
 from critrm.hub_cards import MADE_WITH, model_card, pairs_card
-from critrm.models import EMBEDDED, PREFIX
-from critrm.score_files import read_result
-from critrm.store import disk_errors, file_name, read_records, read_rows, write_records, write_text
-from critrm.types import NO_CRITIC, CritiquedPair, EvalResult
-
-if TYPE_CHECKING:
-    from critrm.reward_model import Reads
+from critrm.hub_facts import (
+    HUB_ID,
+    critic_facts,
+    given_results,
+    own_results,
+    public_name,
+    read_json,
+    results_beside,
+    run_of,
+    training_facts,
+)
+from critrm.store import disk_errors, read_records, read_rows, write_records, write_text
+from critrm.types import CritiquedPair
 
 MODEL_FILES = (
     "config.json",
@@ -39,19 +44,6 @@ MODEL_FILES = (
     "merges.txt",
 )
 """What a classifier consists of; whatever else lies in its folder stays where it is."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-CRITIC_FACTS = ("model", "template", "temperature", "top_p", "max_tokens", "samples")
-TRAINING_FACTS = (
-    "batch_size",
-    "n_epochs",
-    "learning_rate",
-    "loss",
-    "lora_rank",
-    "critique_dropout",
-    "critique_first",
-    "lm_weight",
-    "seed",
-)
 
 
 def stage_model(
@@ -85,19 +77,19 @@ def stage_model(
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: its weights are not in safetensors, and nothing else is pushed. Save it again.")
     reads = read_facts(str(folder))
-    run = _run_of(folder)
-    results = _own_results(folder, run) | _given_results(evaluations, folder=folder, reads=reads)
-    base_model, shown = _public_name(reads.backbone)
-    manifest = _json(folder.parent / "manifest.json")
+    run = run_of(folder)
+    results = own_results(folder, run) | given_results(evaluations, folder=folder, reads=reads)
+    base_model, shown = public_name(reads.backbone)
+    manifest = read_json(folder.parent / "manifest.json")
     card = model_card(
         repo,
         licence=licence,
         reads=reads,
         base_model=base_model,
-        training={"backbone": shown} | _training(folder.parent, manifest),
-        critic=_critic_facts(run, reads.critic),
+        training={"backbone": shown} | training_facts(folder.parent, manifest),
+        critic=critic_facts(run, reads.critic),
         results=results,
-        beside=_beside(run),
+        beside=results_beside(run),
     )
     _clear(out)
     with disk_errors(out):
@@ -139,8 +131,8 @@ def stage_pairs(arm: Path, repo: str, *, out: Path, licence: str, split: str = "
         items,
         licence=licence,
         split=split,
-        critic=_critic_facts(run, critics[0]),
-        beside=_beside(run),
+        critic=critic_facts(run, critics[0]),
+        beside=results_beside(run),
     )
     _clear(out)
     write_records(out / "data" / f"{split}.jsonl", map(_row, items))
@@ -226,100 +218,6 @@ def _clear(out: Path) -> None:
         for file in found:
             file.unlink()
         out.mkdir(parents=True, exist_ok=True)
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    return next(iter(read_rows(path)))[1] if path.is_file() else None
-
-
-def _beside(run: Path | None) -> dict[str, Any] | None:
-    """The results of a run, over its arms and seeds, when it is finished."""
-    results = _json(run / "results.json") if run else None
-    return results and results | {"backbone": _public_name(results["backbone"])[1]}
-
-
-def _run_of(folder: Path) -> Path | None:
-    """The run that trained `RUN/train/ARM/seed-N/model`, if it was one."""
-    parents = folder.resolve().parents
-    if folder.name != "model" or len(parents) < 4 or not (parents[3] / "evaluate").is_dir():
-        return None
-    return parents[3]
-
-
-def _own_results(folder: Path, run: Path | None) -> dict[str, EvalResult]:
-    if run is None:
-        return {}
-    arm, seed = folder.resolve().parts[-3:-1]
-    files = sorted((run / "evaluate" / arm / seed).glob("*/*.json"))
-    return {file.parent.name: read_result(file) for file in files if _is_result(file)}
-
-
-def _is_result(file: Path) -> bool:
-    return file.name.count(".") == 1 and file.name != "manifest.json"
-
-
-def _given_results(evaluations: Iterable[Path], *, folder: Path, reads: "Reads") -> dict[str, EvalResult]:
-    found = {}
-    for place in evaluations:
-        files = [file for file in sorted(place.glob("*.json")) if _is_result(file)]
-        if not files:
-            raise DataError("no result in it: name a folder that `critrm evaluate --out` wrote", path=str(place))
-        for file in files:
-            result = read_result(file)
-            if result.critic != reads.critic and not (result.critic == NO_CRITIC and reads.critique_dropout):
-                raise CriticMismatch(
-                    f"{file}: with critiques by {result.critic!r}, the reward model reads those by {reads.critic!r}"
-                )
-            if Path(result.model).resolve() != folder.resolve():
-                raise DataError(f"this is the result of {result.model}, not of {folder}", path=str(file), field="model")
-            found[place.name if len(files) == 1 else file.stem] = result
-    return found
-
-
-def _public_name(backbone: str) -> tuple[str, str]:
-    """A backbone's hub id, if it has one, and what can be told of its name: no folder of this machine."""
-    if backbone.startswith(PREFIX):
-        embedded = EMBEDDED.get(backbone.removeprefix(PREFIX))
-        return (
-            (embedded.hub_id, f"{embedded.hub_id}, quantized ({embedded.file.split('.')[-2]})")
-            if embedded
-            else ("", "")
-        )
-    if HUB_ID.fullmatch(backbone) and not Path(backbone).exists():
-        return backbone, backbone
-    return "", Path(backbone).name or "not recorded"
-
-
-def _training(folder: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings of the training, as far as they are recorded."""
-    if manifest is None:
-        return {}
-    config = manifest["config"]
-    facts = {name: config[name] for name in TRAINING_FACTS if config.get(name) not in (None, 0.0, "")}
-    row = _json(folder / "result.jsonl") or {}
-    pairs = {"pairs": row["n_pairs"], "tokens": row["n_tokens"]} if "n_pairs" in row else {}
-    versions = {name: manifest["versions"].get(name) for name in ("transformers", "torch")}
-    notes = {f"note {i}": note for i, note in enumerate(manifest["notes"], 1)}
-    return {**pairs, **facts, **{name: version for name, version in versions.items() if version}, **notes}
-
-
-def _critic_facts(run: Path | None, critic: str) -> dict[str, Any]:
-    """What the run knows of its critic; no address and no file of this machine."""
-    if run is None or critic == NO_CRITIC:
-        return {}
-    file = run / "critique" / f"{file_name(critic)}.jsonl"
-    versions = sorted({row.get("prompt_version") or "" for _, row in read_rows(file)} - {""}) if file.is_file() else []
-    facts = {"prompt_version": ", ".join(versions)} if versions else {}
-    config = (_json(run / "manifest.json") or {}).get("config", {})
-    settings = config.get("critique", {}).get("critics", {}).get(critic, {})
-    if settings.get("file"):
-        return facts | {"critiques": "imported from a file"}
-    shown = {name: settings[name] for name in CRITIC_FACTS if settings.get(name) not in (None, "")}
-    if str(shown.get("model", "")).startswith("local:"):
-        shown["model"] = Path(shown["model"].removeprefix("local:")).name
-    if "template" in shown:
-        shown["template"] = Path(shown["template"]).name
-    return facts | shown
 
 
 def command(
