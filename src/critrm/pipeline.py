@@ -11,19 +11,16 @@ Everything a stage makes lies in the run folder, so that the same command goes o
     results.json, results.md, seconds.json, manifest.json
 """
 
-import functools
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from critrm.augment import Augmented, Budget, augment_pairs, text_encoder, write_augmented
-from critrm.averaging import SampleAveraged, Samples, samples_of
 from critrm.benchmarks import read_source
 from critrm.budget import Estimate, Ledger, Purse, estimates_table
 from critrm.calls import estimate_critiques, open_purse
@@ -34,26 +31,20 @@ from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.encoding import beginning
 from critrm.errors import DataError
-from critrm.evaluate import evaluate
 from critrm.models import load_tokenizer
 from critrm.overlap import overlap_warning
 from critrm.result_tables import baselines_table, blends_table, results_table
-from critrm.reward_model import RewardModel
 from critrm.run_results import write_results
+from critrm.run_training import learning_rates_of, train_and_evaluate_all
 from critrm.runs import LEARNING_RATES, TRAIN, Run, Sets
 from critrm.store import (
-    content_hash,
     file_name,
-    mark_stage_done,
-    stage_is_done,
     write_manifest,
     write_records,
     write_text,
 )
-from critrm.sweep import choose_learning_rate, split_held_out
-from critrm.train import run_facts, train_reward_model
-from critrm.types import Critique, CritiquedPair, PreferencePair
-from critrm.work_sharing import claim, share_out
+from critrm.types import Critique, PreferencePair
+from critrm.work_sharing import claim
 
 
 def run_recipe(
@@ -107,9 +98,9 @@ def share_run(
     critics, sets = complete_critics(recipe.critique, backbone=recipe.train.backbone), _read_sets(recipe)
     with claim(run.out, wait=True):
         critiques, augmented = _prepare(run, critics, sets)
-    rates = _learning_rates(run, augmented[TRAIN], learning_rates or {})
+    rates = learning_rates_of(run, augmented[TRAIN], learning_rates or {})
     write_text(run.out / LEARNING_RATES, json.dumps(rates, indent=2) + "\n")
-    if not _train_and_evaluate_all(run, sets, augmented, critiques, rates, wait=wait):
+    if not train_and_evaluate_all(run, sets, augmented, critiques, rates, wait=wait):
         return None
     with claim(run.out, wait=True):
         results = write_results(run, augmented, critiques, rates)
@@ -222,118 +213,6 @@ def _augment(
             f"augment {name}: {counts['kept']} pairs kept, dropped {counts['dropped'] or 'none'}", highlight=False
         )
     return augmented
-
-
-def _learning_rates(run: Run, train: Augmented, given: Mapping[str, float]) -> dict[str, float]:
-    """Each arm's learning rate: the one given, the only one of the recipe, or the best on held-out pairs."""
-    config = run.recipe.train
-
-    def choose(arm: Sequence[CritiquedPair], folder: Path) -> float:
-        if rate := given.get(arm[0].critic):
-            return rate
-        if len(config.learning_rates) == 1:
-            return config.learning_rates[0]
-        with run.timed("learning rates"):
-            return choose_learning_rate(
-                arm, config, out=folder, max_length=run.recipe.augment.max_length, console=run.console
-            )
-
-    folders = {critic: run.out / TRAIN / file_name(critic) for critic in train.arms}
-    rates = share_out(
-        {folder: functools.partial(choose, train.arms[critic], folder) for critic, folder in folders.items()}
-    )
-    return {critic: rates[folder] for critic, folder in folders.items()}
-
-
-def _train_and_evaluate_all(
-    run: Run,
-    sets: Sets,
-    augmented: Mapping[str, Augmented],
-    critiques: Mapping[str, Sequence[Critique]],
-    rates: Mapping[str, float],
-    *,
-    wait: bool,
-) -> bool:
-    """Whether all are trained and evaluated; not where others are at it and it is not waited for them."""
-    tasks = {
-        run.out / "evaluate" / file_name(critic) / f"seed-{seed}": functools.partial(
-            _train_and_evaluate, run, sets, augmented, critiques, critic, seed=seed, rate=rates[critic]
-        )
-        for seed in run.recipe.train.seeds
-        for critic in augmented[TRAIN].arms
-    }
-    return len(share_out(tasks, wait=wait)) == len(tasks)
-
-
-def _train_and_evaluate(
-    run: Run,
-    sets: Mapping[str, Sequence[PreferencePair]],
-    augmented: Mapping[str, Augmented],
-    critiques: Mapping[str, Sequence[Critique]],
-    critic: str,
-    *,
-    seed: int,
-    rate: float,
-) -> None:
-    folder = run.out / "evaluate" / file_name(critic) / f"seed-{seed}"
-    config = run.recipe.train
-    facts = run_facts(config, seed=seed, rate=rate, max_length=run.recipe.augment.max_length)
-    arm: Sequence[CritiquedPair] = augmented[TRAIN].arms[critic]
-    held_out: Sequence[CritiquedPair] = ()
-    if config.keep == "best":
-        arm, held_out = split_held_out(arm, config.n_held_out)
-        facts["n_held_out"] = config.n_held_out
-    data = {name: [asdict(item) for item in found.arms[critic]] for name, found in augmented.items()}
-    benchmarks = {name: source.benchmark for name, source in run.recipe.preferences.test.items()}
-    samples = _samples(run, sets, critiques.get(critic, ()))
-    averaged = [sorted((*place, texts) for place, texts in samples.items())] if samples else []
-    fingerprint = content_hash(facts, data, benchmarks, *averaged)
-    if stage_is_done(folder, fingerprint):
-        return
-    # From here on the folder holds another run's results in part.
-    (folder / "done.json").unlink(missing_ok=True)
-    with run.timed(f"train {critic}"):
-        result = train_reward_model(
-            arm,
-            config,
-            held_out=held_out,
-            out=run.out / TRAIN / file_name(critic) / f"seed-{seed}",
-            seed=seed,
-            learning_rate=rate,
-            max_length=run.recipe.augment.max_length,
-            console=run.console,
-        )
-    for note in result.notes:
-        run.console.print(f"[yellow]Note:[/] {note}", highlight=False)
-    with run.timed(f"evaluate {critic}"):
-        loaded = RewardModel.load(result.folder)
-        model = SampleAveraged(loaded, samples) if samples else loaded
-        for name, source in run.recipe.preferences.test.items():
-            evaluate(
-                model,
-                augmented[name].arms[critic],
-                whole=sets[name],
-                benchmark=source.benchmark,
-                out=folder / name,
-                max_tokens_per_step=run.recipe.evaluate.max_tokens_per_step,
-                console=run.console,
-            )
-    mark_stage_done(folder, fingerprint, n_train_tokens=result.n_tokens, train_loss=result.loss, notes=result.notes)
-
-
-def _samples(run: Run, sets: Mapping[str, Sequence[PreferencePair]], critiques: Sequence[Critique]) -> Samples:
-    """Where rewards are averaged over samples: all critiques of each test completion; else nothing."""
-    config = run.recipe.augment
-    if run.recipe.evaluate.samples == 1 or not any(row.sample for row in critiques):
-        return {}
-    pairs = [pair for name, found in sets.items() if name != TRAIN for pair in found]
-    return samples_of(
-        pairs,
-        critiques,
-        n_samples=run.recipe.evaluate.samples,
-        drop=config.drop,
-        strip_scores=config.strip_scores,
-    )
 
 
 def command(recipe: str, *, out: Path | None = None, dry_run: bool = False) -> None:
