@@ -29,7 +29,6 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from critrm import models
 from critrm.attention import PACKED_ATTENTION
 from critrm.errors import ModelError
-from critrm.prompts import REWARD_CHAT_TEMPLATE
 from critrm.row_layout import Group, row_mask
 from critrm.store import write_text
 
@@ -99,8 +98,6 @@ def save_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with models.quiet():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Not the backbone's: tools that apply it are to read what was trained on.
-    write_text(folder / "chat_template.jinja", REWARD_CHAT_TEMPLATE)
     if ours:
         base = made.__bases__[1]
         facts = {"model": model.config.model_type, "module": base.__module__, "base": base.__name__}

@@ -89,11 +89,21 @@ Encoded = TypeVar("Encoded", bound=_Sized)
 
 
 def encode_pair(
-    item: CritiquedPair, encode: Callable[[str], Tokens], *, bos: Tokens, budget: Budget, margin: float = 0.0
+    item: CritiquedPair,
+    encode: Callable[[str], Tokens],
+    *,
+    bos: Tokens,
+    budget: Budget,
+    cue: Sequence[int] = (),
+    margin: float = 0.0,
 ) -> EncodedPair:
-    """Tokenize one pair by segments within the budget; `bos` goes before the prompt and counts towards the budget."""
-    segments = segment_pair(item, encode, replace(budget, max_length=budget.max_length - len(bos)))
-    return EncodedPair(item.pair.id, bos + segments.prompt, segments.branches, margin)
+    """Tokenize one pair by segments within the budget.
+
+    `bos` goes before the prompt and `cue` behind each branch; both count towards the budget, and are never cut.
+    """
+    segments = segment_pair(item, encode, replace(budget, max_length=budget.max_length - len(bos) - len(cue)))
+    chosen, rejected = segments.branches
+    return EncodedPair(item.pair.id, bos + segments.prompt, ([*chosen, *cue], [*rejected, *cue]), margin)
 
 
 def encode_candidates(
@@ -103,6 +113,7 @@ def encode_candidates(
     bos: Tokens,
     budget: Budget,
     max_tokens: int,
+    cue: Sequence[int] = (),
     number: int = 0,
 ) -> Iterator[EncodedTree]:
     """Tokenize candidates into trees of at most `max_tokens` tokens; one longer reading is a tree of its own.
@@ -123,7 +134,7 @@ def encode_candidates(
             known[text] = encode(text)
         return known[text]
 
-    room = replace(budget, max_length=budget.max_length - len(bos))
+    room = replace(budget, max_length=budget.max_length - len(bos) - len(cue))
     prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[tuple[Tokens, Place]]]] = {}
     for i, completion in enumerate(candidates.completions):
         for j, critique in enumerate(candidates.critiques[i] if candidates.critiques else ("",)):
@@ -135,7 +146,7 @@ def encode_candidates(
             first, then = segments.completions[0], segments.critiques[0]
             if budget.critique_first:
                 first, then = segments.branches[0], []
-            branches.setdefault(tuple(first), []).append((then, (number, i, j)))
+            branches.setdefault(tuple(first), []).append(([*then, *cue], (number, i, j)))
     for prompt, branches in prompts.items():
         readings = [(list(y), c, place) for y, found in branches.items() for c, place in found]
         yield from _trees(list(prompt), readings, max_tokens)

@@ -187,6 +187,8 @@ class TrainConfig(Section):
     """The model reads the critique before the completion; the paper has it behind."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    frozen: bool = False
+    """The backbone stays as it was pretrained, and a head is fitted to what it says of each pair: see `frozen_head`."""
     lora_rank: int = Field(default=0, ge=0)
     """0 trains all parameters, as the paper does; otherwise adapters of this rank and the head."""
     gradient_checkpointing: bool = False
@@ -202,6 +204,17 @@ class TrainConfig(Section):
     def _held_out_for_sweep(self) -> "TrainConfig":
         if len(self.learning_rates) > 1 and not self.n_held_out:
             raise ValueError("several learning_rates need n_held_out pairs to choose between them")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_alone(self) -> "TrainConfig":
+        fields = type(self).model_fields
+        others = ("n_epochs", "loss", "center_weight", "lm_weight", "lora_rank", "keep", "report_to")
+        given = [name for name in others if getattr(self, name) != fields[name].default]
+        if len(self.learning_rates) > 1:
+            given.append("several learning_rates")
+        if self.frozen and given:
+            raise ValueError(f"a frozen backbone has its head fitted, not trained: leave out {', '.join(given)}")
         return self
 
     @model_validator(mode="after")

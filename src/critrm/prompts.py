@@ -7,6 +7,7 @@ line that imitates the rendering (`User: ...`, the closing question) gets a quot
 
 import functools
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,11 @@ REWARD_CHAT_TEMPLATE = """\
 A critique is part of the last message but one or of the last, as `with_critique` puts it. Lines that imitate the form
 are not quoted: a chat template cannot do that.
 """
+
+
+def reward_chat_template(cue: str = "") -> str:
+    """`REWARD_CHAT_TEMPLATE` with the words at whose end a reward model is asked for the reward, if there are any."""
+    return REWARD_CHAT_TEMPLATE + (f"{{{{- {json.dumps(cue)} -}}}}\n" if cue else "")
 
 
 def with_critique(

@@ -68,7 +68,7 @@ def stage_model(
         DataError: an evaluation cannot be read, or is of another model.
         StorageError: the disk is full or read-only.
     """
-    from critrm.prompts import REWARD_CHAT_TEMPLATE
+    from critrm.prompts import reward_chat_template
     from critrm.reward_model import model_folder, read_facts
 
     folder = Path(model_folder(model, critic))
@@ -95,7 +95,7 @@ def stage_model(
     with disk_errors(out):
         for file in _files(folder):
             _put(file, out / file.name)
-    write_text(out / "chat_template.jinja", REWARD_CHAT_TEMPLATE)
+    write_text(out / "chat_template.jinja", reward_chat_template(reads.cue))
     facts = asdict(reads) | {"backbone": base_model or shown}
     write_text(out / "critrm.json", json.dumps(facts, indent=2) + "\n")
     write_text(out / "README.md", card)

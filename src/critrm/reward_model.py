@@ -33,6 +33,7 @@ from critrm.batching import (
 )
 from critrm.encoding import beginning
 from critrm.errors import DataError, ModelError
+from critrm.prompts import reward_chat_template
 from critrm.store import content_hash, from_json, write_text
 from critrm.types import NO_CRITIC, CritiquedPair, Message, Score
 
@@ -51,6 +52,8 @@ class Reads:
     """Share of the training pairs that were read without critiques; above 0, it can score without one."""
     critique_first: bool = False
     """It reads the critique before the completion."""
+    cue: str = ""
+    """Words of ours behind all that it reads, at whose end it is asked for the reward (`frozen_head`)."""
 
     @property
     def budget(self) -> Budget:
@@ -65,7 +68,7 @@ class RewardModel:
         """Args are a loaded classifier whose attention is packed (`load` or `from_backbone`), and what it reads."""
         self.model, self.tokenizer, self.reads, self.name = model, tokenizer, reads, name
         self._encode = text_encoder(tokenizer)
-        self._bos = beginning(tokenizer)
+        self._bos, self._cue = beginning(tokenizer), self._encode(reads.cue)
 
     @classmethod
     def load(
@@ -110,8 +113,8 @@ class RewardModel:
 
     @property
     def n_special(self) -> int:
-        """How many of `max_length` tokens are not text: 1 where the tokenizer begins each sequence with a token."""
-        return len(self._bos)
+        """How many of `max_length` tokens are not the pair's: the tokenizer's beginning of a sequence, and the cue."""
+        return len(self._bos) + len(self._cue)
 
     @property
     def scores_without_critiques(self) -> bool:
@@ -123,7 +126,7 @@ class RewardModel:
         """A hash of the weights' sums and of what it reads: two models with one fingerprint give the same scores."""
         sums = [float(parameter.detach().double().sum()) for parameter in self.model.parameters()]
         reads = asdict(self.reads)
-        for later in ("critique_dropout", "critique_first"):
+        for later in ("critique_dropout", "critique_first", "cue"):
             if not reads[later]:
                 # Models from before there was this keep their fingerprint, and so the rewards that are on disk.
                 del reads[later]
@@ -131,7 +134,8 @@ class RewardModel:
 
     def encode(self, item: CritiquedPair, *, margin: float = 0.0) -> EncodedPair:
         """Tokenize one pair as this model reads it."""
-        return encode_pair(item, self._encode, bos=self._bos, budget=self.reads.budget, margin=margin)
+        how: dict[str, Any] = {"bos": self._bos, "budget": self.reads.budget, "cue": self._cue}
+        return encode_pair(item, self._encode, **how, margin=margin)
 
     def score(
         self,
@@ -236,6 +240,7 @@ class RewardModel:
         limits: dict[str, Any] = {
             "bos": self._bos,
             "budget": self.reads.budget,
+            "cue": self._cue,
             "max_tokens": max_tokens_per_step,
         }
         stream = iter(candidates)
@@ -283,6 +288,8 @@ class RewardModel:
         """
         folder = Path(folder)
         save_classifier(self.model, self.tokenizer, folder)
+        # Not the backbone's: tools that apply it are to read what was trained on.
+        write_text(folder / "chat_template.jinja", reward_chat_template(self.reads.cue))
         write_text(folder / "critrm.json", json.dumps(asdict(self.reads), indent=2) + "\n")
 
 

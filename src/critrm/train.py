@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +18,14 @@ from critrm import models
 from critrm.callbacks import failure_advice
 from critrm.config import TrainConfig
 from critrm.errors import ConfigError, DataError
+from critrm.frozen_head import frozen_head
 from critrm.losses import ranking_loss
 from critrm.pair_trainer import PairTrainer, make_trainer, whole_model
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import content_hash, mark_stage_done, read_records, stage_is_done, write_manifest, write_records
 from critrm.training_data import TrainingPair, drop_critiques, encode_pairs, margin_of
 from critrm.types import CritiquedPair, Score
+from critrm.zero_label import CUE, reading_direction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ def run_facts(config: TrainConfig, *, seed: int, rate: float, max_length: int) -
     others = {"learning_rates", "seeds", "n_held_out", "n_sweep", "pairs_per_pass", "checkpoint_minutes", "report_to"}
     facts = config.model_dump(exclude=others | {"gradient_checkpointing"})
     # Settings that came later are no facts of a run without them: what was finished before they existed stays finished.
-    for later in ("loss", "center_weight", "lm_weight", "critique_dropout", "critique_first", "keep"):
+    for later in ("loss", "center_weight", "lm_weight", "critique_dropout", "critique_first", "keep", "frozen"):
         if facts[later] == TrainConfig.model_fields[later].default:
             del facts[later]
     return facts | {"seed": seed, "learning_rate": rate, "max_length": max_length}
@@ -98,33 +100,88 @@ def train_reward_model(
         backbone=config.backbone,
         critique_dropout=config.critique_dropout,
         critique_first=config.critique_first,
+        cue=CUE if config.frozen else "",
     )
+    # Loaded and let go before the model that is trained, which takes as much memory.
+    direction = reading_direction(config.backbone) if config.frozen else None
     with failure_advice(out):
         reward_model = RewardModel.from_backbone(config.backbone, reads, seed=seed)
         arm = drop_critiques(pairs, config.critique_dropout, seed=seed)
         encoded, n_cut = encode_pairs(arm, reward_model, config=config)
-        tested = encode_pairs(held_out, reward_model, config=config)[0] if config.keep == "best" else []
-        trainer, note = make_trainer(
-            reward_model, config, encoded=encoded, held_out=tested, out=out, seed=seed, rate=rate, console=console
-        )
-        with trainer.accelerator.main_process_first():
-            _forget_last_result(out)
-            checkpoint = _last_checkpoint(out, fingerprint)
-        with models.quiet():
-            outcome = trainer.train(resume_from_checkpoint=checkpoint)
-            reward_model = whole_model(reward_model, trainer, config=config, out=out, seed=seed)
+        if direction is not None:
+            outcome = _fit(
+                reward_model, config, encoded, direction, out=out, seed=seed, owner=fingerprint, console=console
+            )
+        else:
+            tested = encode_pairs(held_out, reward_model, config=config)[0] if config.keep == "best" else []
+            trainer, note = make_trainer(
+                reward_model, config, encoded=encoded, held_out=tested, out=out, seed=seed, rate=rate, console=console
+            )
+            outcome = _train(trainer, reward_model, config, out=out, seed=seed, owner=fingerprint, note=note)
     result = TrainResult(
         folder=out / "model",
         n_pairs=len(pairs),
         n_tokens=sum(pair.encoded.n_tokens for pair in encoded) * config.n_epochs,
         seconds=round(time.time() - started, 1),
-        loss=float(outcome.training_loss),
-        notes=tuple(filter(None, (note, *_data_notes(encoded, n_cut, config, max_length=max_length)))),
+        loss=outcome.loss,
+        notes=tuple(filter(None, (outcome.note, *_data_notes(encoded, n_cut, config, max_length=max_length)))),
     )
-    if trainer.is_world_process_zero():
-        _finish(out, reward_model, trainer, result, facts, fingerprint, started)
-    trainer.accelerator.wait_for_everyone()  # so that each may load the model now
+    if outcome.writes:
+        _finish(out, outcome, result, facts, fingerprint, started)
+    outcome.wait()  # so that each process may load the model now
     return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """A trained model that is not on disk yet."""
+
+    reward_model: RewardModel
+    loss: float
+    note: str
+    log: Sequence[Mapping[str, Any]]
+    writes: bool = True
+    """Whether this process is the one that writes."""
+    wait: Callable[[], None] = lambda: None
+    """Returns when all processes are here."""
+
+
+def _train(
+    trainer: PairTrainer, reward_model: RewardModel, config: TrainConfig, *, out: Path, seed: int, owner: str, note: str
+) -> _Outcome:
+    with trainer.accelerator.main_process_first():
+        _forget_last_result(out)
+        checkpoint = _last_checkpoint(out, owner)
+    with models.quiet():
+        loss = float(trainer.train(resume_from_checkpoint=checkpoint).training_loss)
+        reward_model = whole_model(reward_model, trainer, config=config, out=out, seed=seed)
+    log, writes = trainer.state.log_history, trainer.is_world_process_zero()
+    wait = trainer.accelerator.wait_for_everyone
+    return _Outcome(reward_model=reward_model, loss=loss, note=note, log=log, writes=writes, wait=wait)
+
+
+def _fit(
+    reward_model: RewardModel,
+    config: TrainConfig,
+    encoded: Sequence[TrainingPair],
+    direction: torch.Tensor,
+    *,
+    out: Path,
+    seed: int,
+    owner: str,
+    console: Console | None,
+) -> _Outcome:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a frozen backbone is read by one process: start it without torchrun or accelerate launch")
+    _forget_last_result(out)
+    pairs = [pair.encoded for pair in encoded]
+    where: dict[str, Any] = {"out": out, "fingerprint": owner, "console": console}
+    fit = frozen_head(reward_model, pairs, direction=direction, precision=config.precision, seed=seed, **where)
+    held_out = f"{fit.held_out_accuracy:.3f} of the pairs left out of a fit were ranked right"
+    start = "" if direction.any() else ", no reading of its own to start from"
+    note = f"the backbone stayed as it was{start}; ridge {fit.strength:g} by cross-validation, {held_out}"
+    log = [{"ridge": fit.strength, "held_out_loss": fit.held_out_loss, "held_out_accuracy": fit.held_out_accuracy}]
+    return _Outcome(reward_model=reward_model, loss=fit.held_out_loss, note=note, log=log)
 
 
 def _check(pairs: Sequence[CritiquedPair], held_out: Sequence[CritiquedPair], config: TrainConfig) -> None:
@@ -177,17 +234,11 @@ def _last_checkpoint(out: Path, fingerprint: str) -> str | None:
 
 
 def _finish(
-    out: Path,
-    reward_model: RewardModel,
-    trainer: PairTrainer,
-    result: TrainResult,
-    facts: dict[str, Any],
-    fingerprint: str,
-    started: float,
+    out: Path, outcome: _Outcome, result: TrainResult, facts: dict[str, Any], fingerprint: str, started: float
 ) -> None:
     with failure_advice(out):
-        reward_model.save(out / "model")
-    write_records(out / "log.jsonl", trainer.state.log_history)
+        outcome.reward_model.save(out / "model")
+    write_records(out / "log.jsonl", outcome.log)
     write_manifest(out, config=facts, started=started, seeds=[facts["seed"]], notes=result.notes)
     write_records(out / "result.jsonl", [asdict(result) | {"folder": str(result.folder)}])
     mark_stage_done(out, fingerprint)
@@ -225,6 +276,7 @@ def command(
     critique_dropout: float = 0.0,
     critique_first: bool = False,
     keep: Literal["last", "best"] = "last",
+    frozen: bool = False,
     lora_rank: int = 0,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     pairs_per_pass: int = 8,
@@ -251,6 +303,7 @@ def command(
         critique_dropout: share of the pairs that are read without their critiques.
         critique_first: read the critique before the completion, not behind it as the paper does.
         keep: the last weights, or the best on the held-out pairs.
+        frozen: leave the backbone as it is, and fit a head to what it says of each pair: minutes instead of hours.
         lora_rank: train adapters of this rank and the head instead of all parameters.
         precision: fp32, bf16 or auto.
         pairs_per_pass: pairs computed at once; memory grows with it, the result does not depend on it.
@@ -271,6 +324,7 @@ def command(
             critique_dropout=critique_dropout,
             critique_first=critique_first,
             keep=keep,
+            frozen=frozen,
             lora_rank=lora_rank,
             precision=precision,
             pairs_per_pass=pairs_per_pass,

@@ -63,8 +63,8 @@ def encode_pairs(
         n_critiques = (0, 0)
         # A pair that had something cut fills the length; the others need not be cut up once more to know.
         if predicted or len(encoded.prompt) + max(map(len, encoded.branches)) >= max_length:
-            n_bos = int(encoded.prompt[:1] == [reward_model.tokenizer.bos_token_id])
-            segments = segment_pair(item, encode, replace(reward_model.reads.budget, max_length=max_length - n_bos))
+            room = replace(reward_model.reads.budget, max_length=max_length - reward_model.n_special)
+            segments = segment_pair(item, encode, room)
             for name, n in zip(n_cut, segments.n_cut, strict=True):
                 n_cut[name] += n > 0
             if predicted:

@@ -70,10 +70,7 @@ class ZeroLabelModel:
         self.name = (ALONE_PREFIX if critique_only else PREFIX) + name
         self._encode, self._bos = text_encoder(tokenizer), beginning(tokenizer)
         self._cue = self._encode(CUE)
-        good, bad = ([tuple(self._encode(f" {word}")) for word in words] for words in (GOOD, BAD))
-        self._paths = telling_paths(good, bad), telling_paths(bad, good)
-        if not all(self._paths):
-            raise DataError(f"{name}: its tokenizer does not tell the words {GOOD} from {BAD}")
+        self._paths = _word_paths(self._encode, name)
         # Where a word is told by its second token, that one's probability is looked up after the first.
         starts = {path[:n] for paths in self._paths for path in paths for n in range(len(path))}
         self._starts = sorted(starts, key=lambda start: (len(start), start))
@@ -194,6 +191,31 @@ class ZeroLabelModel:
 
         good, bad = self._paths
         return any_of(good) - any_of(bad)
+
+
+def _word_paths(encode: Callable[[str], Tokens], name: str) -> tuple[tuple[_Path, ...], tuple[_Path, ...]]:
+    good, bad = ([tuple(encode(f" {word}")) for word in words] for words in (GOOD, BAD))
+    paths = telling_paths(good, bad), telling_paths(bad, good)
+    if not all(paths):
+        raise DataError(f"{name}: its tokenizer does not tell the words {GOOD} from {BAD}")
+    return paths
+
+
+def reading_direction(backbone: str) -> torch.Tensor:
+    """(hidden_size,) along which a backbone's hidden state behind `CUE` speaks for a good word and against a bad one.
+
+    The mean of the output embeddings of `GOOD`, minus that of `BAD`. Words that their first token does not tell are
+    left out; where that leaves none (a tokenizer of bytes), it is 0.
+
+    Raises:
+        ModelError: there is no such model, or it is no language model.
+        DataError: the tokenizer tells no good word from the bad ones.
+    """
+    paths = _word_paths(text_encoder(models.load_tokenizer(backbone)), backbone)
+    embeddings: Any = models.load_causal_lm(backbone).get_output_embeddings()  # type: ignore[no-untyped-call]
+    weight: torch.Tensor = embeddings.weight.detach().float()
+    good, bad = ([path[0] for path in words if len(path) == 1] for words in paths)
+    return weight[good].mean(0) - weight[bad].mean(0) if good and bad else torch.zeros(weight.shape[1])
 
 
 def telling_paths(words: Sequence[_Path], others: Sequence[_Path]) -> tuple[_Path, ...]:
