@@ -24,7 +24,9 @@ def test_the_defaults_are_the_papers_section_4_4(tmp_path):
     assert list(train.margins.values()) == sorted(train.margins.values())
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "hh-llmbar.yaml", "paper.yaml", "scaling.yaml", "beyond.yaml"])
+@pytest.mark.parametrize(
+    "name", ["demo.yaml", "hh-llmbar.yaml", "paper.yaml", "scaling.yaml", "beyond.yaml", "frozen.yaml"]
+)
 def test_the_bundled_recipes_are_valid(name):
     assert isinstance(load_recipe(f"bundled:{name}"), Recipe)
 
