@@ -167,6 +167,24 @@ def test_a_plan_says_what_is_left_and_what_it_takes(finished, tiny_model, tmp_pa
     assert not list((tmp_path / "study").rglob("train"))
 
 
+def test_a_frozen_backbone_is_planned_as_reading_and_runs_as_a_grid(tiny_model, tmp_path):
+    frozen = {"train": {"frozen": True, "learning_rates": [1e-5]}}
+    grids = {"trained": {"sizes": [16, 8]}, "frozen": {"sizes": [16, 8], "change": frozen}}
+    recipe = Recipe.model_validate(_recipe(tiny_model, grids=grids))
+    hours = {(each.cell.grid, each.cell.n_train): each.hours for each in estimate_study(recipe, out=tmp_path).cells}
+    # Eight pairs more cost a third of what they do in training; testing costs both the same.
+    more = {grid: hours[grid, 16] - hours[grid, 8] for grid in grids}
+    assert more["frozen"] == pytest.approx(more["trained"] / 3)
+    only = Recipe.model_validate(_recipe(tiny_model, grids={"frozen": {"sizes": [16], "change": frozen}}))
+    rows = run_study(only, out=tmp_path / "study")["rows"]
+    assert {(row["critic"], row["seed"]) for row in rows} == {
+        ("none", 0),
+        ("none", 1),
+        ("frontier-llm", 0),
+        ("frontier-llm", 1),
+    }
+
+
 def test_parameters_are_counted_or_read_off_the_name(tiny_model):
     from transformers import AutoModelForCausalLM
 

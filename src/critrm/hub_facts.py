@@ -22,6 +22,7 @@ TRAINING_FACTS = (
     "learning_rate",
     "loss",
     "lora_rank",
+    "frozen",
     "critique_dropout",
     "critique_first",
     "lm_weight",

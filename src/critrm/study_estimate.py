@@ -101,7 +101,8 @@ def _estimate_cell(
         train = cell.n_train * config.train.n_epochs * (_mean_tokens(pairs) + 2 * critique)
         score = len(tests) * (_mean_tokens(tests) + 2 * critique)
         tokens += left * train
-        flops_tokens += left * (FLOPS_TRAIN * train + FLOPS_SCORE * score)
+        per_token = FLOPS_SCORE if config.train.frozen else FLOPS_TRAIN
+        flops_tokens += left * (per_token * train + FLOPS_SCORE * score)
     return CellEstimate(
         cell=cell,
         n_arms=1 + len(cell.arms),

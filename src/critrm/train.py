@@ -39,7 +39,7 @@ class TrainResult:
     """Tokens the backbone read, over all epochs."""
     seconds: float
     loss: float
-    """Mean loss over the training steps."""
+    """Mean loss over the training steps; of a head fitted to a frozen backbone, over pairs left out of the fit."""
     notes: tuple[str, ...]
 
 
@@ -171,8 +171,6 @@ def _fit(
     owner: str,
     console: Console | None,
 ) -> _Outcome:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("a frozen backbone is read by one process: start it without torchrun or accelerate launch")
     _forget_last_result(out)
     pairs = [pair.encoded for pair in encoded]
     where: dict[str, Any] = {"out": out, "fingerprint": owner, "console": console}
@@ -188,6 +186,8 @@ def _check(pairs: Sequence[CritiquedPair], held_out: Sequence[CritiquedPair], co
     critics = {item.critic for item in (*pairs, *held_out)}
     if len(critics) != 1 or not pairs:
         raise DataError(f"training needs pairs of one arm, got {sorted(critics) or 'none'}", field="critic")
+    if config.frozen and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a frozen backbone is read by one process: start it without torchrun or accelerate launch")
     if config.keep == "best" and not held_out:
         raise ConfigError("keep: best needs held-out pairs to choose by")
     if config.loss == "scaled" and not any(margin_of(item, config.margins) for item in pairs):
