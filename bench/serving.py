@@ -44,6 +44,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 TOLERANCE = {"fp32": 2e-3, "bf16": 0.15}
 """How far a reward may be from the offline one: rows are packed differently, which rounds differently."""
 CRITICS = ("steady", "fail", "hang", "restart")
+PATIENCE = 900.0
+"""Seconds that a client waits for an answer before it is lost: many clients of a slow machine wait long."""
 PERIOD = 6.0
 """Seconds after which a critic that hangs or is killed is itself again, and the other way round."""
 
@@ -185,7 +187,7 @@ async def _client(port: int, bodies: list[bytes], numbers: Iterator[int], until:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
             head = f"POST /v1/score HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(bodies[number])}\r\n"
             writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + bodies[number])
-            async with asyncio.timeout(300):
+            async with asyncio.timeout(PATIENCE):
                 head_found = await reader.readuntil(b"\r\n\r\n")
                 length = int(head_found.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
                 body = await reader.readexactly(length)
