@@ -353,7 +353,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     seconds, name = arguments.seconds, ["--critic", reads, "--model", "m", "--key-variable", ""]
     # Its critiques are in the requests; the critic is named because the model reads one, and never asked.
     silent = [] if reads == "none" else [*name, "--base-url", "http://127.0.0.1:9/v1"]
-    for side in ("critrm", "plain"):
+    for side in arguments.sides:
         for clients in arguments.clients[: None if side == "critrm" else 1]:
             port = _free_port()
             words = serve_words(arguments, port, *silent)
@@ -409,6 +409,7 @@ def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", default="", help="an arm that `critrm augment` wrote, with the model's critic")
     parser.add_argument("--n", type=int, default=256, help="pairs")
     parser.add_argument("--clients", type=int, nargs="+", default=[50, 200, 500])
+    parser.add_argument("--sides", nargs="+", choices=("critrm", "plain"), default=["critrm", "plain"])
     parser.add_argument("--seconds", type=float, default=120.0, help="of each load")
     parser.add_argument("--critics", nargs="*", choices=CRITICS, default=[])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
