@@ -37,8 +37,8 @@ def config(tiny_model):
     return TrainConfig(backbone=str(tiny_model), frozen=True, precision="fp32")
 
 
-def ends_of(folder, item):
-    """The hidden states behind the cue of both sides, by plain transformers."""
+def plain_rewards(folder, item):
+    """The rewards of both sides, by plain transformers and the saved chat template."""
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     found = []
     for side in ("chosen", "rejected"):
@@ -59,7 +59,7 @@ def test_the_backbone_stays_and_the_saved_model_is_a_plain_classifier_that_asks_
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == ["score.weight"]
     for item in arm[:3]:
         (score,) = model.score([item])
-        assert ends_of(result.folder, item) == pytest.approx([score.chosen, score.rejected], abs=1e-4)
+        assert plain_rewards(result.folder, item) == pytest.approx([score.chosen, score.rejected], abs=1e-4)
         critiques = [item.chosen_critique, item.rejected_critique]
         texts = [item.pair.chosen, item.pair.rejected]
         rewards = model.score_completions(item.pair.prompt, texts, critiques=critiques)

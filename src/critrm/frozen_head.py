@@ -136,10 +136,10 @@ def _fit(features: torch.Tensor, margins: torch.Tensor, strength: float) -> torc
         loss = _losses(features @ weight, margins).mean() + strength * weight[:-1].square().sum()
         # A trace of a penalty, without which separable pairs would drive the last weight to infinity.
         loss = loss + 1e-4 * weight[-1].square()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         return float(loss.detach())
 
-    optimiser.step(step)  # type: ignore[no-untyped-call]
+    optimiser.step(step)  # type: ignore[no-untyped-call]  # nor for this
     return weight.detach()
 
 

@@ -212,6 +212,7 @@ def reading_direction(backbone: str) -> torch.Tensor:
         DataError: the tokenizer tells no good word from the bad ones.
     """
     paths = _word_paths(text_encoder(models.load_tokenizer(backbone)), backbone)
+    # transformers has no types for it
     embeddings: Any = models.load_causal_lm(backbone).get_output_embeddings()  # type: ignore[no-untyped-call]
     weight: torch.Tensor = embeddings.weight.detach().float()
     good, bad = ([path[0] for path in words if len(path) == 1] for words in paths)
