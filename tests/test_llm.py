@@ -206,7 +206,9 @@ def test_calls_are_shared_by_all_base_urls() -> None:
 def test_the_run_goes_on_over_the_endpoints_that_are_up(fault: Answer | None) -> None:
     n_asked = 0
     with serving(lambda _: completion("ok")) as good, serving(lambda _: fault or completion("")) as bad:
-        replies = ask(chat_at((bad.url if fault else closed_port(), good.url), concurrency=4, timeout=0.5), 60)
+        urls = (bad.url if fault else closed_port(), good.url)
+        # Short only where it is what ends the call: on a busy machine the good endpoint may take a second as well.
+        replies = ask(chat_at(urls, concurrency=4, timeout=1 if fault and fault.delay else 20), 60)
         n_asked = len(bad.bodies)
     assert [reply.text for reply in replies] == ["ok"] * 60
     assert n_asked <= 5 + 4  # then it was left alone
