@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from critrm import frozen_head as module
+from critrm import readings
 from critrm.config import TrainConfig
 from critrm.errors import ConfigError
 from critrm.frozen_head import STRENGTHS, fit_head
@@ -135,29 +136,28 @@ def test_the_direction_of_a_real_model_tells_good_critiques_from_bad_ones(smollm
 
 
 def test_an_interrupted_reading_goes_on_and_ends_as_an_uninterrupted_one(arm, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PAIRS_PER_SAVE", 5)
+    monkeypatch.setattr(readings, "PAIRS_PER_FILE", 5)
     whole = train_reward_model(arm, config, out=tmp_path / "whole")
-    read, own = [], module._ends
+    read, own = [], readings._read
 
-    def stops(model, pairs):
+    def stops(model, pairs, max_tokens_per_step):
         if len(read) == 2:
             raise KeyboardInterrupt
         read.append(len(pairs))
-        return own(model, pairs)
+        return own(model, pairs, max_tokens_per_step)
 
-    monkeypatch.setattr(module, "_ends", stops)
+    monkeypatch.setattr(readings, "_read", stops)
     with pytest.raises(KeyboardInterrupt):
         train_reward_model(arm, config, out=tmp_path / "cut")
     again = []
-    monkeypatch.setattr(module, "_ends", lambda model, pairs: again.append(len(pairs)) or own(model, pairs))
+    monkeypatch.setattr(readings, "_read", lambda model, pairs, n: again.append(len(pairs)) or own(model, pairs, n))
     cut = train_reward_model(arm, config, out=tmp_path / "cut")
     assert sum(read) + sum(again) == len(arm)
     ours, theirs = (load_file(each.folder / "model.safetensors") for each in (whole, cut))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert train_reward_model(arm, config, out=tmp_path / "cut") == cut  # finished: nothing is read
     assert sum(read) + sum(again) == len(arm)
-    train_reward_model(arm[:-1], config, out=tmp_path / "cut")  # other pairs: nothing of the old ones is used
-    assert sum(again[-5:]) == len(arm) - 1
+    assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
 def test_settings_that_need_training_are_refused(tiny_model, arm, config, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from critrm import readings
 from critrm.config import Recipe, data_path
 from critrm.errors import ConfigError, DataError
 from critrm.preferences import read_pairs
@@ -167,22 +168,26 @@ def test_a_plan_says_what_is_left_and_what_it_takes(finished, tiny_model, tmp_pa
     assert not list((tmp_path / "study").rglob("train"))
 
 
-def test_a_frozen_backbone_is_planned_as_reading_and_runs_as_a_grid(tiny_model, tmp_path):
+def test_a_frozen_backbone_is_planned_as_reading_and_reads_no_pair_twice(tiny_model, tmp_path, monkeypatch):
     frozen = {"train": {"frozen": True, "learning_rates": [1e-5]}}
     grids = {"trained": {"sizes": [16, 8]}, "frozen": {"sizes": [16, 8], "change": frozen}}
     recipe = Recipe.model_validate(_recipe(tiny_model, grids=grids))
-    hours = {(each.cell.grid, each.cell.n_train): each.hours for each in estimate_study(recipe, out=tmp_path).cells}
-    # Eight pairs more cost a third of what they do in training; testing costs both the same.
-    more = {grid: hours[grid, 16] - hours[grid, 8] for grid in grids}
-    assert more["frozen"] == pytest.approx(more["trained"] / 3)
-    only = Recipe.model_validate(_recipe(tiny_model, grids={"frozen": {"sizes": [16], "change": frozen}}))
+    cells = estimate_study(recipe, out=tmp_path, tflops=1.0).cells
+    hours = {(each.cell.grid, each.cell.n_train): each.hours for each in cells}
+    # Two seeds that train and test, and a backbone that reads once, for both sizes and seeds, what the larger set has.
+    trained = hours["trained", 16] / 2
+    eight_pairs = (hours["trained", 16] - hours["trained", 8]) / 2
+    assert hours["frozen", 8] == 0
+    assert hours["frozen", 16] == pytest.approx(trained - eight_pairs * 2 * 2 / 3, rel=0.05)
+    seen, own = [], readings._read
+    monkeypatch.setattr(readings, "_read", lambda model, pairs, n: seen.append(len(pairs)) or own(model, pairs, n))
+    monkeypatch.setattr(readings, "PAIRS_PER_FILE", 8)
+    only = Recipe.model_validate(_recipe(tiny_model, grids={"frozen": {"sizes": [16, 8], "change": frozen}}))
     rows = run_study(only, out=tmp_path / "study")["rows"]
-    assert {(row["critic"], row["seed"]) for row in rows} == {
-        ("none", 0),
-        ("none", 1),
-        ("frontier-llm", 0),
-        ("frontier-llm", 1),
+    assert {(row["critic"], row["n_train"], row["seed"]) for row in rows} == {
+        (critic, size, seed) for critic in ("none", "frontier-llm") for size in (8, 16) for seed in (0, 1)
     }
+    assert sum(seen) == 2 * (16 + 20)
 
 
 def test_parameters_are_counted_or_read_off_the_name(tiny_model):

@@ -6,28 +6,24 @@ in the backbone's last hidden state there: some multiple of its own good-minus-b
 both fitted by the ranking loss. How much is left to the rest is chosen by cross-validation on the same pairs.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 
 from critrm import models
-from critrm.batching import EncodedPair, pack, token_batches
+from critrm.batching import EncodedPair
 from critrm.losses import ranking_loss
+from critrm.readings import read_ends
 from critrm.reward_model import RewardModel
-from critrm.store import disk_errors, write_text
 
 STRENGTHS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """Weights of the squared head, for features of unit spread, from which cross-validation chooses."""
 N_FOLDS = 5
-PAIRS_PER_SAVE = 256
-"""What was read is on disk after so many pairs; a killed run loses at most these."""
-TOKENS_PER_STEP = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +45,7 @@ def frozen_head(
     pairs: Sequence[EncodedPair],
     *,
     direction: torch.Tensor,
-    out: Path,
-    fingerprint: str,
+    readings: Path,
     seed: int,
     precision: str = "auto",
     console: Console | None = None,
@@ -61,8 +56,7 @@ def frozen_head(
         model: a backbone under a new head, which is replaced.
         pairs: the training pairs as the model reads them, with their margins.
         direction: (hidden_size,), the backbone's own reading; see `zero_label.reading_direction`.
-        out: folder that keeps what was read, so that an interrupted run goes on.
-        fingerprint: of the run; what another one read is not used.
+        readings: folder that keeps what was read; see `readings.read_ends`.
         seed: of the folds.
         precision: `fp32`, `bf16`, or `auto`; the head itself is fitted in 64 bits.
         console: gets the progress bar.
@@ -71,21 +65,18 @@ def frozen_head(
         ModelError: memory does not suffice.
         StorageError: the disk is full.
     """
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     device = models.choose_device()
     model.precision = models.choose_precision(device) if precision == "auto" else precision
     torch.nn.Module.to(model.model, device)  # transformers' own `to` is not typed
-    ends = _read(model, pairs, out=out, fingerprint=fingerprint, console=console or Console(quiet=True))
+    with Progress(*columns, console=console or Console(quiet=True)) as progress:
+        task = progress.add_task(f"read {escape(model.critic)}", total=len(pairs))
+        ends = read_ends(model, pairs, folder=readings, on_progress=lambda n: progress.update(task, advance=n))
     fit = fit_head(ends[:, 0] - ends[:, 1], torch.tensor([pair.margin for pair in pairs]), direction, seed=seed)
     with torch.no_grad():
-        _head(model).weight.copy_(fit.weight[None])
+        model.head.weight.copy_(fit.weight[None])
     torch.nn.Module.to(model.model, "cpu")
     return fit
-
-
-def _head(model: RewardModel) -> torch.nn.Linear:
-    head = model.model.score
-    assert isinstance(head, torch.nn.Linear)
-    return head
 
 
 def fit_head(differences: torch.Tensor, margins: torch.Tensor, direction: torch.Tensor, *, seed: int) -> HeadFit:
@@ -141,55 +132,3 @@ def _fit(features: torch.Tensor, margins: torch.Tensor, strength: float) -> torc
 
     optimiser.step(step)  # type: ignore[no-untyped-call]  # nor for this
     return weight.detach()
-
-
-def _read(
-    model: RewardModel, pairs: Sequence[EncodedPair], *, out: Path, fingerprint: str, console: Console
-) -> torch.Tensor:
-    """(n_pairs, 2, hidden_size): the hidden states at the ends of both sides, in fp32."""
-    folder = out / "checkpoints"
-    _keep_own(folder, fingerprint)
-    parts = []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"read {model.critic}", total=len(pairs))
-        for start in range(0, len(pairs), PAIRS_PER_SAVE):
-            path = folder / f"ends-{start:08d}.safetensors"
-            part = pairs[start : start + PAIRS_PER_SAVE]
-            if not path.is_file():
-                found = _ends(model, part)
-                with disk_errors(path):
-                    save_file({"ends": found}, path.with_suffix(".tmp"))
-                    path.with_suffix(".tmp").replace(path)
-            parts.append(load_file(path)["ends"])
-            progress.update(task, advance=len(part))
-    return torch.cat(parts)
-
-
-def _keep_own(folder: Path, fingerprint: str) -> None:
-    """Remove what a run with other pairs or settings read."""
-    owner = folder / "owner.json"
-    mine = json.dumps({"fingerprint": fingerprint}) + "\n"
-    if not owner.is_file() or owner.read_text(encoding="utf-8") != mine:
-        for path in folder.glob("ends-*"):
-            path.unlink()
-        write_text(owner, mine)
-
-
-@torch.inference_mode()
-def _ends(model: RewardModel, pairs: Sequence[EncodedPair]) -> torch.Tensor:
-    model.model.train(False)
-    number = {id(pair): n for n, pair in enumerate(pairs)}
-    found: dict[int, torch.Tensor] = {}
-    seen: list[torch.Tensor] = []
-    # The head is handed the hidden states at the ends, (n_pairs, 2, hidden_size).
-    handle = _head(model).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    try:
-        for batch in token_batches(pairs, max_tokens_per_step=TOKENS_PER_STEP):
-            with models.quiet():
-                model.rewards(pack(batch))
-            ends = seen.pop().float().cpu()
-            found |= {number[id(pair)]: ends[n] for n, pair in enumerate(batch)}
-    finally:
-        handle.remove()
-    return torch.stack([found[n] for n in range(len(pairs))])

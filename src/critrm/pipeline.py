@@ -8,6 +8,7 @@ Everything a stage makes lies in the run folder, so that the same command goes o
     train/<critic>/learning-rate-*/, seed-*/
     evaluate/<critic>/seed-*/<test set>/
     zero-label/<critic>/<test set>.jsonl
+    readings/ (of a frozen backbone)
     results.json, results.md, seconds.json, manifest.json
 """
 
@@ -77,6 +78,7 @@ def share_run(
     *,
     out: str | Path,
     learning_rates: Mapping[str, float] | None = None,
+    readings: Path | None = None,
     wait: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any] | None:
@@ -86,13 +88,15 @@ def share_run(
         recipe: the stages' settings.
         out: the run's folder.
         learning_rates: arm -> learning rate; where given, none is chosen.
+        readings: where what a frozen backbone reads is kept, for other runs too; in the run's folder when None.
         wait: for the others.
         console: where progress is shown; nowhere when None.
 
     Raises:
         CritrmError: as `run_recipe` says.
     """
-    run, started = Run(recipe, Path(out), console or Console(quiet=True)), time.time()
+    out, started = Path(out), time.time()
+    run = Run(recipe, out, console or Console(quiet=True), readings or out / "readings")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # What is wrong with the recipe is said before anything is written.
     critics, sets = complete_critics(recipe.critique, backbone=recipe.train.backbone), _read_sets(recipe)

@@ -112,6 +112,13 @@ class RewardModel:
         return self.reads.critic
 
     @property
+    def head(self) -> torch.nn.Linear:
+        """The scalar head."""
+        head = self.model.score
+        assert isinstance(head, torch.nn.Linear)
+        return head
+
+    @property
     def n_special(self) -> int:
         """How many of `max_length` tokens are not the pair's: the tokenizer's beginning of a sequence, and the cue."""
         return len(self._bos) + len(self._cue)

@@ -8,6 +8,7 @@ from pathlib import Path
 from critrm.augment import Augmented
 from critrm.averaging import SampleAveraged, Samples, samples_of
 from critrm.evaluate import evaluate
+from critrm.readings import FrozenRewardModel
 from critrm.reward_model import RewardModel
 from critrm.runs import TRAIN, Run, Sets
 from critrm.store import content_hash, file_name, mark_stage_done, stage_is_done
@@ -112,13 +113,13 @@ def _train_and_evaluate(
             seed=seed,
             learning_rate=rate,
             max_length=run.recipe.augment.max_length,
+            readings=run.readings,
             console=run.console,
         )
     for note in result.notes:
         run.console.print(f"[yellow]Note:[/] {note}", highlight=False)
     with run.timed(f"evaluate {critic}"):
-        loaded = RewardModel.load(result.folder)
-        model = SampleAveraged(loaded, samples) if samples else loaded
+        model = _load(run, result.folder, samples)
         for name, source in run.recipe.preferences.test.items():
             evaluate(
                 model,
@@ -130,6 +131,16 @@ def _train_and_evaluate(
                 console=run.console,
             )
     mark_stage_done(folder, fingerprint, n_train_tokens=result.n_tokens, train_loss=result.loss, notes=result.notes)
+
+
+def _load(run: Run, folder: Path, samples: Samples) -> RewardModel | SampleAveraged:
+    if samples:
+        return SampleAveraged(RewardModel.load(folder), samples)
+    if not run.recipe.train.frozen:
+        return RewardModel.load(folder)
+    frozen = FrozenRewardModel.load(folder)
+    frozen.readings = run.readings
+    return frozen
 
 
 def _samples(run: Run, sets: Mapping[str, Sequence[PreferencePair]], critiques: Sequence[Critique]) -> Samples:

@@ -31,6 +31,8 @@ class Run:
     recipe: Recipe
     out: Path
     console: Console
+    readings: Path
+    """Where what a frozen backbone reads is kept; runs that share it read no pair twice."""
     ledgers: dict[str, Ledger] = field(default_factory=dict)
     """What each critic's calls came to in this attempt."""
 

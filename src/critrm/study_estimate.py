@@ -75,7 +75,8 @@ def estimate_study(recipe: Recipe, *, out: str | Path, tflops: float | None = No
         backbone: recipe.study.n_parameters.get(backbone) or n_parameters(backbone)
         for backbone in {cell.backbone for cell in cells}
     }
-    found = [_estimate_cell(cell, tests, n_parameters=sizes[cell.backbone], rate=rate) for cell in cells]
+    read: dict[tuple[str, ...], int] = {}
+    found = [_estimate_cell(cell, tests, read, n_parameters=sizes[cell.backbone], rate=rate) for cell in cells]
     source = "given" if tflops else "measured here"
     return StudyEstimate(
         cells=tuple(found),
@@ -86,8 +87,14 @@ def estimate_study(recipe: Recipe, *, out: str | Path, tflops: float | None = No
 
 
 def _estimate_cell(
-    cell: Cell, tests: Sequence[PreferencePair], *, n_parameters: float | None, rate: float
+    cell: Cell,
+    tests: Sequence[PreferencePair],
+    read: dict[tuple[str, ...], int],
+    *,
+    n_parameters: float | None,
+    rate: float,
 ) -> CellEstimate:
+    """What a cell will take. `read` notes how many pairs of which texts a frozen backbone will have read by then."""
     config = cell.recipe
     pairs = read_pairs(config.preferences.train.path, limit=cell.n_train).pairs
     seeds = config.train.seeds
@@ -98,10 +105,14 @@ def _estimate_cell(
         left = sum(not (marks / f"seed-{seed}" / "done.json").is_file() for seed in seeds)
         n_done += len(seeds) - left
         critique = _critique_tokens(config.critique.critics[critic]) if critic != NO_CRITIC else 0.0
-        train = cell.n_train * config.train.n_epochs * (_mean_tokens(pairs) + 2 * critique)
-        score = len(tests) * (_mean_tokens(tests) + 2 * critique)
+        n_train, n_tests, per_token = cell.n_train * config.train.n_epochs, len(tests), FLOPS_TRAIN
+        if config.train.frozen:
+            n_train = _not_read_yet(n_train, read, cell.family, critic, cell.grid)
+            n_tests = _not_read_yet(n_tests, read, cell.family, critic)
+            left, per_token = min(left, 1), FLOPS_SCORE
+        train = n_train * (_mean_tokens(pairs) + 2 * critique)
+        score = n_tests * (_mean_tokens(tests) + 2 * critique)
         tokens += left * train
-        per_token = FLOPS_SCORE if config.train.frozen else FLOPS_TRAIN
         flops_tokens += left * (per_token * train + FLOPS_SCORE * score)
     return CellEstimate(
         cell=cell,
@@ -111,6 +122,12 @@ def _estimate_cell(
         tokens=tokens,
         hours=None if n_parameters is None else n_parameters * flops_tokens / rate / 3600,
     )
+
+
+def _not_read_yet(n_pairs: int, read: dict[tuple[str, ...], int], *texts: str) -> int:
+    """How many of so many pairs of these texts a frozen backbone has yet to read: see `readings`."""
+    known, read[texts] = read.get(texts, 0), max(n_pairs, read.get(texts, 0))
+    return max(n_pairs - known, 0)
 
 
 def _mean_tokens(pairs: Sequence[PreferencePair]) -> float:

@@ -63,6 +63,7 @@ def train_reward_model(
     seed: int = 0,
     learning_rate: float | None = None,
     max_length: int = 2048,
+    readings: str | Path | None = None,
     console: Console | None = None,
 ) -> TrainResult:
     """Train one reward model on one arm; resumes from its last checkpoint, and does nothing when it is finished.
@@ -77,6 +78,7 @@ def train_reward_model(
         seed: of the head, the order of pairs and everything else that is drawn.
         learning_rate: its maximum; the first of the config's when None.
         max_length: tokens of prompt + completion + critique that are read.
+        readings: folder that keeps what a frozen backbone reads, for other runs; until this run is finished when None.
         console: gets the progress bar; none is shown when None.
 
     Raises:
@@ -109,9 +111,8 @@ def train_reward_model(
         arm = drop_critiques(pairs, config.critique_dropout, seed=seed)
         encoded, n_cut = encode_pairs(arm, reward_model, config=config)
         if direction is not None:
-            outcome = _fit(
-                reward_model, config, encoded, direction, out=out, seed=seed, owner=fingerprint, console=console
-            )
+            kept = Path(readings or out / "checkpoints")
+            outcome = _fit(reward_model, config, encoded, direction, out=out, seed=seed, readings=kept, console=console)
         else:
             tested = encode_pairs(held_out, reward_model, config=config)[0] if config.keep == "best" else []
             trainer, note = make_trainer(
@@ -168,13 +169,13 @@ def _fit(
     *,
     out: Path,
     seed: int,
-    owner: str,
+    readings: Path,
     console: Console | None,
 ) -> _Outcome:
     _forget_last_result(out)
     pairs = [pair.encoded for pair in encoded]
-    where: dict[str, Any] = {"out": out, "fingerprint": owner, "console": console}
-    fit = frozen_head(reward_model, pairs, direction=direction, precision=config.precision, seed=seed, **where)
+    how: dict[str, Any] = {"readings": readings, "seed": seed, "precision": config.precision, "console": console}
+    fit = frozen_head(reward_model, pairs, direction=direction, **how)
     held_out = f"{fit.held_out_accuracy:.3f} of the pairs left out of a fit were ranked right"
     start = "" if direction.any() else ", no reading of its own to start from"
     note = f"the backbone stayed as it was{start}; ridge {fit.strength:g} by cross-validation, {held_out}"
