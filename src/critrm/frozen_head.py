@@ -8,7 +8,6 @@ both fitted by the ranking loss. How much is left to the rest is chosen by cross
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from critrm import models
 from critrm.batching import EncodedPair
 from critrm.losses import ranking_loss
-from critrm.readings import read_ends
+from critrm.readings import Readings
 from critrm.reward_model import RewardModel
 
 STRENGTHS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
@@ -45,7 +44,7 @@ def frozen_head(
     pairs: Sequence[EncodedPair],
     *,
     direction: torch.Tensor,
-    readings: Path,
+    readings: Readings,
     seed: int,
     precision: str = "auto",
     console: Console | None = None,
@@ -56,7 +55,7 @@ def frozen_head(
         model: a backbone under a new head, which is replaced.
         pairs: the training pairs as the model reads them, with their margins.
         direction: (hidden_size,), the backbone's own reading; see `zero_label.reading_direction`.
-        readings: folder that keeps what was read; see `readings.read_ends`.
+        readings: keeps what was read.
         seed: of the folds.
         precision: `fp32`, `bf16`, or `auto`; the head itself is fitted in 64 bits.
         console: gets the progress bar.
@@ -71,7 +70,7 @@ def frozen_head(
     torch.nn.Module.to(model.model, device)  # transformers' own `to` is not typed
     with Progress(*columns, console=console or Console(quiet=True)) as progress:
         task = progress.add_task(f"read {escape(model.critic)}", total=len(pairs))
-        ends = read_ends(model, pairs, folder=readings, on_progress=lambda n: progress.update(task, advance=n))
+        ends = readings.of(model, pairs, on_progress=lambda n: progress.update(task, advance=n))
     fit = fit_head(ends[:, 0] - ends[:, 1], torch.tensor([pair.margin for pair in pairs]), direction, seed=seed)
     with torch.no_grad():
         model.head.weight.copy_(fit.weight[None])

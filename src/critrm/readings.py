@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from critrm import models
 from critrm.batching import EncodedPair, memory_advice, pack, token_batches
@@ -21,54 +22,87 @@ from critrm.store import content_hash, disk_errors
 from critrm.types import CritiquedPair, Score
 
 PAIRS_PER_FILE = 64
-"""Pairs are read and kept in their order by so many; a killed run loses at most these."""
+"""Pairs are read and kept by so many; a killed run loses at most these."""
 
 
-def read_ends(
-    model: RewardModel,
-    pairs: Sequence[EncodedPair],
-    *,
-    folder: Path,
-    max_tokens_per_step: int = 4096,
-    on_progress: Callable[[int], None] | None = None,
-) -> torch.Tensor:
-    """The backbone's last hidden states at the ends of both sides of each pair.
+class Readings:
+    """The backbone's last hidden states at the ends of pairs, by what was read, in a folder that processes may share.
 
-    Args:
-        model: on a backbone as it was pretrained, which `reads.backbone` names.
-        pairs: as the model reads them.
-        folder: where they are kept, for any number of processes; what is there is not read again.
-        max_tokens_per_step: how many tokens are computed at once.
-        on_progress: called with the number of pairs that were read, or found.
-
-    Returns:
-        (n_pairs, 2, hidden_size), fp32, chosen first. The same bits whether read now or before.
-
-    Raises:
-        ModelError: memory does not suffice for so many tokens at once.
-        StorageError: the disk is full or read-only.
+    A file holds some pairs, each under a hash of its tokens, of the backbone's name, the precision and the device.
     """
-    parts = [pairs[start : start + PAIRS_PER_FILE] for start in range(0, len(pairs), PAIRS_PER_FILE)]
-    found: dict[int, torch.Tensor] = {}
-    # In an order of its own, so that processes with the same pairs seldom read the same part at once.
-    for number in random.Random().sample(range(len(parts)), len(parts)):
-        path = folder / f"{_key(model, parts[number], max_tokens_per_step)}.safetensors"
-        if not path.is_file():
-            ends = _read(model, parts[number], max_tokens_per_step)
-            unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-            with disk_errors(path):
-                folder.mkdir(parents=True, exist_ok=True)
-                save_file({"ends": ends}, unfinished)
-                unfinished.replace(path)
-        found[number] = load_file(path)["ends"]
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a folder, which need not be there yet."""
+        self.folder = Path(folder)
+        self._place: dict[str, Path] = {}
+        self._known: set[Path] = set()
+
+    def of(
+        self,
+        model: RewardModel,
+        pairs: Sequence[EncodedPair],
+        *,
+        max_tokens_per_step: int = 4096,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """What the backbone says at the ends of both sides of each pair; what nobody has read yet is read and kept.
+
+        Args:
+            model: on a backbone as it was pretrained, which `reads.backbone` names.
+            pairs: as the model reads them.
+            max_tokens_per_step: how many tokens are computed at once.
+            on_progress: called with the number of pairs that were read, or found.
+
+        Returns:
+            (n_pairs, 2, hidden_size), fp32, chosen first.
+
+        Raises:
+            ModelError: memory does not suffice for so many tokens at once.
+            StorageError: the disk is full or read-only.
+        """
+        keys = [_key(model, pair) for pair in pairs]
+        self._look()
+        # Twice the same pair is read once.
+        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._place}
         if on_progress:
-            on_progress(len(parts[number]))
-    return torch.cat([found[number] for number in range(len(parts))])
+            on_progress(len(pairs) - len(missing))
+        parts = [list(missing)[start : start + PAIRS_PER_FILE] for start in range(0, len(missing), PAIRS_PER_FILE)]
+        # In an order of its own, so that processes with the same pairs seldom read the same part at once.
+        for part in random.Random().sample(parts, len(parts)):
+            self._look()
+            left = [key for key in part if key not in self._place]
+            if left:
+                self._keep(left, _read(model, [missing[key] for key in left], max_tokens_per_step))
+            if on_progress:
+                on_progress(len(part))
+        return torch.stack(self._load(keys))
+
+    def _look(self) -> None:
+        """Learn of what other processes have read meanwhile."""
+        for path in set(self.folder.glob("*.safetensors")) - self._known:
+            with safe_open(path, "pt") as file:
+                self._place |= dict.fromkeys(file.keys(), path)
+            self._known.add(path)
+
+    def _keep(self, keys: Sequence[str], ends: torch.Tensor) -> None:
+        path = self.folder / f"{content_hash(keys)}.safetensors"
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        with disk_errors(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({key: of_pair.clone() for key, of_pair in zip(keys, ends, strict=True)}, unfinished)
+            unfinished.replace(path)
+        self._look()
+
+    def _load(self, keys: Sequence[str]) -> list[torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for path in dict.fromkeys(self._place[key] for key in keys):
+            with safe_open(path, "pt") as file:
+                found |= {key: file.get_tensor(key) for key in keys if self._place[key] == path}
+        return [found[key] for key in keys]
 
 
-def _key(model: RewardModel, pairs: Sequence[EncodedPair], max_tokens_per_step: int) -> str:
-    how = (model.reads.backbone, model.precision, str(model.model.device), max_tokens_per_step)
-    return content_hash(how, [(pair.prompt, pair.branches) for pair in pairs])
+def _key(model: RewardModel, pair: EncodedPair) -> str:
+    return content_hash(model.reads.backbone, model.precision, str(model.model.device), pair.prompt, pair.branches)
 
 
 @torch.inference_mode()
@@ -94,8 +128,8 @@ def _read(model: RewardModel, pairs: Sequence[EncodedPair], max_tokens_per_step:
 class FrozenRewardModel(RewardModel):
     """A reward model on a backbone that was not trained: scores as any other, and reads no pair twice."""
 
-    readings: Path
-    """Where what was read is kept; to be set before it scores."""
+    readings: Readings
+    """What was read; to be set before it scores."""
 
     def score_stream(
         self,
@@ -107,7 +141,7 @@ class FrozenRewardModel(RewardModel):
         """Reward pairs as they come, in their order; see `RewardModel.score_stream`."""
         stream, head = iter(pairs), self.head
         while part := [self.encode(item) for item in itertools.islice(stream, PAIRS_PER_FILE)]:
-            ends = read_ends(self, part, folder=self.readings, max_tokens_per_step=max_tokens_per_step)
+            ends = self.readings.of(self, part, max_tokens_per_step=max_tokens_per_step)
             with torch.inference_mode():
                 rewards = head(ends.to(head.weight)).squeeze(-1).cpu()
             for pair, (chosen, rejected) in zip(part, rewards.tolist(), strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 from critrm.augment import Augmented
 from critrm.averaging import SampleAveraged, Samples, samples_of
 from critrm.evaluate import evaluate
-from critrm.readings import FrozenRewardModel
+from critrm.readings import FrozenRewardModel, Readings
 from critrm.reward_model import RewardModel
 from critrm.runs import TRAIN, Run, Sets
 from critrm.store import content_hash, file_name, mark_stage_done, stage_is_done
@@ -139,7 +139,7 @@ def _load(run: Run, folder: Path, samples: Samples) -> RewardModel | SampleAvera
     if not run.recipe.train.frozen:
         return RewardModel.load(folder)
     frozen = FrozenRewardModel.load(folder)
-    frozen.readings = run.readings
+    frozen.readings = Readings(run.readings)
     return frozen
 
 

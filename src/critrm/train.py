@@ -21,6 +21,7 @@ from critrm.errors import ConfigError, DataError
 from critrm.frozen_head import frozen_head
 from critrm.losses import ranking_loss
 from critrm.pair_trainer import PairTrainer, make_trainer, whole_model
+from critrm.readings import Readings
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import content_hash, mark_stage_done, read_records, stage_is_done, write_manifest, write_records
 from critrm.training_data import TrainingPair, drop_critiques, encode_pairs, margin_of
@@ -111,7 +112,7 @@ def train_reward_model(
         arm = drop_critiques(pairs, config.critique_dropout, seed=seed)
         encoded, n_cut = encode_pairs(arm, reward_model, config=config)
         if direction is not None:
-            kept = Path(readings or out / "checkpoints")
+            kept = Readings(readings or out / "checkpoints")
             outcome = _fit(reward_model, config, encoded, direction, out=out, seed=seed, readings=kept, console=console)
         else:
             tested = encode_pairs(held_out, reward_model, config=config)[0] if config.keep == "best" else []
@@ -169,7 +170,7 @@ def _fit(
     *,
     out: Path,
     seed: int,
-    readings: Path,
+    readings: Readings,
     console: Console | None,
 ) -> _Outcome:
     _forget_last_result(out)
