@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from critrm.augment import augment_pairs, write_augmented
+from critrm.baselines import baselines
 from critrm.config import Recipe
 from critrm.results import compare_arms
 from critrm.score_files import score_row
@@ -116,13 +117,14 @@ def _fill(cell: Cell, pairs, gains, critiques, *, test, benchmark, seeds) -> Non
             path = out / "evaluate" / file_name(critic) / f"seed-{seed}" / test / f"{benchmark}.scores.jsonl"
             write_records(path, [score_row(score, "", "") for score in found])
     kept = [item.pair for item in arms.arms[NO_CRITIC]]
+    nulls = {critic: baselines((), items) for critic, items in arms.arms.items()}
     results = {
         "recipe": cell.recipe.name,
         "backbone": cell.backbone,
         "seeds": list(seeds),
         "n_train": cell.n_train,
         "learning_rates": dict.fromkeys((NO_CRITIC, *cell.arms), 8e-5),
-        "tests": {test: compare_arms(kept, scores, benchmark=benchmark)},
+        "tests": {test: compare_arms(kept, scores, benchmark=benchmark, baselines=nulls)},
         "seconds": {},
         "tokens": {},
         "cost": {},

@@ -28,7 +28,7 @@ def test_a_study_gets_its_tables_figures_and_page(study, tmp_path):
     expected |= {f"figures/{key}.{kind}" for key in written.figures for kind in ("svg", "png")}
     assert set(files) == expected | {"report.html", "report.md"}
     assert set(written.tables) == {"table1", "table2", "table3", "gains", "readings", "paper-table2"}
-    assert written.figures == ("figure2", "figure3", "figure4", "figure6", "figure7")
+    assert written.figures == ("figure2", "figure3", "figure4", "figure6", "figure7", "quality")
     assert [note.partition(" is")[0] for note in written.notes] == ["Table 4"]
     text = files["report.md"].decode()
     assert written.bottom_line.split(" (")[0] in text
@@ -45,7 +45,7 @@ def test_a_run_gets_what_can_be_drawn_from_it(study):
     folder = study / "all" / "backbone-7b" / "pairs-40"
     written = write_report(folder)
     assert written.folder == folder / "report"
-    assert written.figures == ("figure2", "figure7")
+    assert written.figures == ("figure2", "figure7", "quality")
     assert sum("Figure" in note for note in written.notes) == 3
     assert "was not measured" in written.bottom_line
 

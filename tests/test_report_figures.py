@@ -27,7 +27,7 @@ def drawn(study):
 
 def test_all_figures_of_a_whole_study_are_drawn(drawn):
     found, missing = drawn
-    assert [figure.key for figure in found] == ["figure2", "figure3", "figure4", "figure6", "figure7"]
+    assert [figure.key for figure in found] == ["figure2", "figure3", "figure4", "figure6", "figure7", "quality"]
     assert missing == []
     for figure in found:
         assert figure.png.startswith(b"\x89PNG")
@@ -56,7 +56,7 @@ def test_the_same_numbers_give_the_same_bytes(study, drawn):
 
 def test_a_run_gets_the_figures_of_one_size(study):
     found, missing = figures(read_report(study / "all" / "backbone-7b" / "pairs-40"))
-    assert [figure.key for figure in found] == ["figure2", "figure7"]
+    assert [figure.key for figure in found] == ["figure2", "figure7", "quality"]
     assert [note.partition(" is")[0] for note in missing] == ["Figure 3", "Figure 4", "Figure 6"]
 
 
@@ -66,7 +66,7 @@ def test_without_sections_or_critics_the_rest_is_left_out(tmp_path):
     study = made_study(tmp_path, gains={"unused": 1.0}, grids=grids, pairs=pairs, benchmark="pairs")
     found, missing = figures(read_report(study))
     assert [figure.key for figure in found] == ["figure3"]
-    assert len(missing) == 4
+    assert len(missing) == 5
 
 
 def test_curves_join_cells_that_differ_in_their_pairs_alone(tmp_path):

@@ -9,6 +9,7 @@ evaluate: {}                                  how they are tested
 study: {grids: {...}}                         over which sizes, backbones and settings all this is repeated
 """
 
+import math
 import os
 from collections.abc import Mapping
 from importlib import resources
@@ -136,10 +137,28 @@ class CritiqueConfig(Section):
     """Stage 1: the critics, by the name their arm gets. The No-Critiques arm is always there."""
 
     critics: dict[str, CriticConfig] = Field(default_factory=dict)
+    mixtures: dict[str, dict[str, Annotated[float, Field(gt=0)]]] = Field(default_factory=dict)
+    """More arms, by name: critic -> its share of the pairs. Each pair has the critiques of one of these critics."""
     critics_file: str = ""
     """A file of critics of your own, in the form of `critics.yaml`."""
     max_cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """US dollars that all critics together may cost."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All arms with critiques: the critics' and the mixtures'."""
+        return (*self.critics, *self.mixtures)
+
+    @model_validator(mode="after")
+    def _mixtures_of_critics(self) -> "CritiqueConfig":
+        for name, shares in self.mixtures.items():
+            if name in self.critics:
+                raise ValueError(f"mixtures: there is a critic called {name!r} already")
+            if unknown := set(shares) - set(self.critics):
+                raise ValueError(f"mixtures: {name!r} has critics that are not there: {', '.join(sorted(unknown))}")
+            if len(shares) < 2 or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
+                raise ValueError(f"mixtures: {name!r} needs two critics or more, with shares that add up to 1")
+        return self
 
 
 class AugmentConfig(Section):
@@ -283,7 +302,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _known_critics(self) -> "Recipe":
         for name, grid in (self.study.grids if self.study else {}).items():
-            if unknown := set(grid.critics or ()) - set(self.critique.critics):
+            if unknown := set(grid.critics or ()) - set(self.critique.arms):
                 raise ValueError(f"study: grid {name!r} names critics that are not there: {', '.join(sorted(unknown))}")
         return self
 

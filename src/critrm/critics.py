@@ -142,7 +142,7 @@ def complete_critics(stage: CritiqueConfig, *, backbone: str) -> dict[str, Criti
         ConfigError: a critic is not known, or there is a limit and no price.
     """
     known = load_critics(stage.critics_file)
-    refuse_same_folders(stage.critics)
+    refuse_same_folders(stage.arms)
     found = {
         name: complete_critic(name, critic, critics=known, backbone=backbone) for name, critic in stage.critics.items()
     }

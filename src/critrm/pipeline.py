@@ -32,6 +32,7 @@ from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.encoding import beginning
 from critrm.errors import DataError
+from critrm.mixtures import mix_critiques
 from critrm.models import load_tokenizer
 from critrm.overlap import overlap_warning
 from critrm.result_tables import baselines_table, blends_table, results_table
@@ -134,6 +135,9 @@ def _prepare(
     with CritiqueCache(default_cache_path()) as cache:
         purse = open_purse(recipe.critique.max_cost, pairs, critics=critics, cache=cache)
     critiques = {name: _critiques(run, name, critic, pairs, purse=purse) for name, critic in critics.items()}
+    for name, shares in recipe.critique.mixtures.items():
+        critiques[name] = mix_critiques(pairs, critiques, shares, name=name)
+        write_records(run.out / "critique" / f"{file_name(name)}.jsonl", critiques[name])
     if recipe.evaluate.samples > 1 and not any(row.sample for rows in critiques.values() for row in rows):
         raise DataError(
             f"evaluate.samples is {recipe.evaluate.samples}, and no critic wrote more than one critique of "

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from critrm.baselines import SENTIMENT
 from critrm.report_data import Report, ReportCell, arm_name, headline, label_of, main_cells, parts
 from critrm.report_drawing import (
     DASHES,
@@ -87,6 +88,15 @@ def figures(report: Report) -> tuple[list[ReportFigure], list[str]]:
             any(len(cell.critics) > 1 for cell in report.cells),
             "it takes two critics or more",
             lambda: _by_critic(report),
+        ),
+        (
+            "quality",
+            "Critique quality: accuracy against what the critiques' wording gives away",
+            "Across: pairs in which the chosen completion's critique is worded more kindly. With 95 % intervals over "
+            "items. Dashed: no critiques; dotted: as good as the wording alone.",
+            any(_wordings(cell) for cell in report.cells),
+            "it takes two critics or more, and `pip install 'critrm[eval]'` when they are evaluated",
+            lambda: _by_quality(report, places),
         ),
     )
     for key, title, caption, can, why, make in makers:
@@ -279,4 +289,56 @@ def _by_critic(report: Report) -> "Figure":
         axes.set_ylabel("strict accuracy")
         axes.set_title(_where(test, headline(cells[0].tests[test])), loc="left")
     panels[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return figure
+
+
+def _wordings(cell: ReportCell) -> dict[str, dict[str, float]]:
+    """Test set -> critic -> the share of pairs that the sentiment of its critiques gets right; of two critics or more.
+
+    As the run noted it, over the pairs of its own test sets.
+    """
+    found = {
+        test: {
+            critic: nulls[SENTIMENT]["mean"]
+            for critic, nulls in groups[ALL].get("baselines", {}).items()
+            if nulls.get(SENTIMENT, {}).get("mean") is not None
+        }
+        for test, groups in cell.results["tests"].items()
+    }
+    return {test: by_critic for test, by_critic in found.items() if len(by_critic) > 1}
+
+
+def _by_quality(report: Report, places: Places) -> "Figure":
+    panels = [(cell, test, wordings) for cell in main_cells(report.cells) for test, wordings in _wordings(cell).items()]
+    figure, all_axes = new_figure(len(panels), width=4.2, height=3.6, n_columns=3)
+    names: dict[str, Any] = {}
+    for axes, (cell, test, wordings) in zip(all_axes, panels, strict=True):
+        shown: list[Mapping[str, Any]] = []
+        for critic, wording in wordings.items():
+            if (arm := arm_in(cell.tests[test], ALL, critic)) is None:
+                continue
+            names[shown_name(critic)] = axes.errorbar(
+                [wording],
+                [arm["mean"]],
+                yerr=errors_of([arm]),
+                color=color_of(places[critic]),
+                marker=MARKERS[places[critic] % len(MARKERS)],
+                linestyle="none",
+                elinewidth=1.0,
+                capsize=2,
+            )
+            shown.append(arm)
+        if plain := arm_in(cell.tests[test], ALL, NO_CRITIC):
+            axes.axhline(plain["mean"], color=PLAIN, linestyle=(0, DASHES[0]), linewidth=1.2)
+            shown.append({"low": plain["mean"], "high": plain["mean"]})
+        axes.axline((0.5, 0.5), slope=1, color=PLAIN, linestyle=":", linewidth=1.0)
+        set_limits(axes, shown)
+        axes.set_xlim(min(wordings.values()) - 0.03, max(wordings.values()) + 0.03)
+        axes.set_xlabel("pairs that the critiques' sentiment gets right")
+        axes.set_ylabel("strict accuracy")
+        label = (
+            f"{shown_name(label_of(cell, [each for each, *_ in panels]))}\n" if len(panels) > len(cell.tests) else ""
+        )
+        axes.set_title(label + shown_name(test), loc="left")
+    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=5, frameon=False)
     return figure

@@ -56,11 +56,18 @@ def write_results(
         "tests": tests,
         "seconds": run.seconds(),
         "tokens": _tokens(run, critiques, augmented),
-        "cost": {name: round(ledger.cost + ledger.cost_cached, 6) for name, ledger in run.ledgers.items()},
+        "cost": _cost(run, critiques),
     }
     write_text(run.out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_text(run.out / "results.md", results_markdown(results))
     return results
+
+
+def _cost(run: Run, critiques: Mapping[str, Sequence[Critique]]) -> dict[str, float]:
+    """US dollars per arm whose critics were called; a mixture's are those of the critiques that went into it."""
+    cost = {name: ledger.cost + ledger.cost_cached for name, ledger in run.ledgers.items()}
+    mixed = {name: sum(row.cost for row in critiques[name]) for name in run.recipe.critique.mixtures}
+    return {name: round(dollars, 6) for name, dollars in (cost | mixed).items()}
 
 
 def _zero_label(run: Run, name: str, items: Sequence[CritiquedPair]) -> dict[str, list[Score]]:

@@ -15,13 +15,13 @@ from rich.text import Text
 from critrm.benchmarks import read_source
 from critrm.budget import CHARACTERS_PER_TOKEN, Estimate, estimates_table
 from critrm.calls import estimate_critiques
-from critrm.config import CriticConfig, Recipe, data_path
+from critrm.config import CritiqueConfig, Recipe, data_path
 from critrm.critics import complete_critics
 from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.errors import CritrmError
 from critrm.preferences import read_pairs
-from critrm.store import file_name
+from critrm.store import file_hash, file_name
 from critrm.study_plan import Cell, plan_study
 from critrm.types import NO_CRITIC, PreferencePair
 
@@ -104,12 +104,13 @@ def _estimate_cell(
         marks = cell.folder / "evaluate" / file_name(critic)
         left = sum(not (marks / f"seed-{seed}" / "done.json").is_file() for seed in seeds)
         n_done += len(seeds) - left
-        critique = _critique_tokens(config.critique.critics[critic]) if critic != NO_CRITIC else 0.0
+        critique = _critique_tokens(config.critique, critic) if critic != NO_CRITIC else 0.0
         n_train, n_tests, per_token = cell.n_train * config.train.n_epochs, len(tests), FLOPS_TRAIN
         if config.train.frozen:
-            n_train = _not_read_yet(n_train, read, cell.family, critic, cell.grid)
+            n_train = _not_read_yet(n_train, read, cell.family, critic, file_hash(config.preferences.train.path))
             n_tests = _not_read_yet(n_tests, read, cell.family, critic)
-            left, per_token = min(left, 1), FLOPS_SCORE
+            # A mixture's texts are those of its critics, which are arms of the cell as well.
+            left, per_token = min(left, 1) * (critic not in config.critique.mixtures), FLOPS_SCORE
         train = n_train * (_mean_tokens(pairs) + 2 * critique)
         score = n_tests * (_mean_tokens(tests) + 2 * critique)
         tokens += left * train
@@ -138,8 +139,11 @@ def _mean_tokens(pairs: Sequence[PreferencePair]) -> float:
     return statistics.fmean(lengths) / CHARACTERS_PER_TOKEN
 
 
-def _critique_tokens(critic: CriticConfig) -> float:
+def _critique_tokens(stage: CritiqueConfig, arm: str) -> float:
     """Tokens of one critique: the mean of a file's, or the most that a model may write."""
+    if arm in stage.mixtures:
+        return sum(share * _critique_tokens(stage, name) for name, share in stage.mixtures[arm].items())
+    critic = stage.critics[arm]
     if not critic.files:
         return float(critic.max_tokens)
     texts = [len(row.text) for file in critic.files for row in read_critiques(data_path(file), critic="critic")]

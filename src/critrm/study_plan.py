@@ -29,7 +29,7 @@ class Cell:
     @property
     def arms(self) -> tuple[str, ...]:
         """The critics of the cell's arms, besides no critiques."""
-        return tuple(self.recipe.critique.critics)
+        return self.recipe.critique.arms
 
 
 def plan_study(recipe: Recipe, *, out: str | Path, short: bool = False) -> list[Cell]:
@@ -100,8 +100,9 @@ def _cell(recipe: Recipe, grid_name: str, *, backbone: str, size: int, pairs: Pa
     values["preferences"]["train"] = {"path": str(pairs), "limit": size}
     values["train"]["backbone"] = backbone
     if grid.critics is not None:
-        critics = values["critique"]["critics"]
-        values["critique"]["critics"] = {name: critics[name] for name in grid.critics}
+        for kind in ("critics", "mixtures"):
+            all_of_them = values["critique"][kind]
+            values["critique"][kind] = {name: all_of_them[name] for name in grid.critics if name in all_of_them}
     values = _merged(values, dict(grid.change))
     values["name"] = f"{recipe.name}-{grid_name}-{size}"
     found = validated(Recipe, values, where=f"{recipe.name}, grid {grid_name}", what="recipe")
