@@ -22,7 +22,7 @@ from critrm.preferences import read_pairs
 from critrm.prompts import reward_segments
 from critrm.quality import check_critiques, find_contradictions, gate_critiques
 from critrm.store import file_name, refuse_same_folders, write_records, write_text
-from critrm.types import NO_CRITIC, SIDES, Critique, CritiquedPair, PreferencePair
+from critrm.types import NO_CRITIC, SIDES, Critique, CritiquedPair, PreferencePair, Side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -179,11 +179,14 @@ def usable_critiques(
 def _join(
     pairs: Sequence[PreferencePair], critic: str, rows: Sequence[Critique], dropped: dict[str, str]
 ) -> dict[str, CritiquedPair]:
-    texts = {(row.pair_id, row.side): row.text for row in rows if not row.failure and row.text.strip()}
+    texts: dict[Side, dict[str, str]] = {side: {} for side in SIDES}
+    for row in rows:
+        if not row.failure and row.text.strip():
+            texts[row.side][row.pair_id] = row.text
     failures = {(row.pair_id, row.side): row.failure for row in rows if row.failure}
     arm = {}
     for pair in pairs:
-        found = [texts.get((pair.id, side), "") for side in SIDES]
+        found = [texts[side].get(pair.id, "") for side in SIDES]
         if all(found):
             arm[pair.id] = CritiquedPair(pair=pair, critic=critic, chosen_critique=found[0], rejected_critique=found[1])
             continue

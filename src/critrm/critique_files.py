@@ -8,7 +8,7 @@ from typing import Any
 from critrm.critique_dialects import CRITIQUE_DIALECTS, Group, pairs_of
 from critrm.dialects import Fields, NoPreference, checked_text
 from critrm.errors import ConfigError, DataError
-from critrm.store import content_hash, read_rows
+from critrm.store import read_rows
 from critrm.types import SIDES, Critique, PreferencePair, Side
 
 OWN = "critrm"
@@ -31,18 +31,19 @@ def read_critiques(path: str | Path, *, critic: str | None = None, dialect: str 
     if _dialect(path, dialect) != OWN:
         return critiqued_pairs(path, critic=critic, dialect=dialect)[1]
     rows: list[Critique] = []
-    seen: set[tuple[str, str, Side, int]] = set()
+    # By few keys with many ids, which the rows hold anyway: a tuple for each row would be a tenth of the memory.
+    seen: dict[tuple[str, Side, int], set[str]] = {}
     for number, row in read_rows(path):
         try:
             critique = _read_row(row, critic or str(row.get("critic") or _stem(path)))
         except DataError as error:
             raise DataError(error.reason, path=str(path), line=number, field=error.field) from None
-        place = (critique.critic, critique.pair_id, critique.side, critique.sample)
-        if place in seen:
-            which = f"{place[1]!r}, {place[2]}, sample {place[3]}"
+        ids = seen.setdefault((critique.critic, critique.side, critique.sample), set())
+        if critique.pair_id in ids:
+            which = f"{critique.pair_id!r}, {critique.side}, sample {critique.sample}"
             reason = f"a second critique of {which}: keep one, or number them in 'sample'"
             raise DataError(reason, path=str(path), line=number, field="pair_id")
-        seen.add(place)
+        ids.add(critique.pair_id)
         rows.append(critique)
     return rows
 
@@ -96,7 +97,7 @@ def _read_row(row: dict[str, Any], critic: str) -> Critique:
     if isinstance(sample, bool) or not isinstance(sample, int) or sample < 0:
         raise DataError(f"must be a whole number from 0, not {sample!r}", field="sample")
     return Critique(
-        key=str(row.get("key") or _key(critic, pair_id, side, text, sample)),
+        key=str(row.get("key") or ""),
         pair_id=str(pair_id),
         side=SIDES[SIDES.index(side)],  # one string for all rows, not one per row
         text=text.strip(),
@@ -111,10 +112,6 @@ def _read_row(row: dict[str, Any], critic: str) -> Critique:
         score=score,
         failure=failure,
     )
-
-
-def _key(critic: str, pair_id: str | int, side: Side, text: str, sample: int) -> str:
-    return content_hash("imported", critic, pair_id, side, text, *([sample] if sample else []))
 
 
 def _number(row: dict[str, Any], name: str) -> float:
@@ -216,7 +213,7 @@ def _critiques(pair_id: str, group: Group, critic: str, better: int, worse: int)
         response = group.responses[position]
         for sample, (text, score) in enumerate(zip(response.critiques, response.scores, strict=True)):
             yield Critique(
-                key=_key(critic, pair_id, side, text, sample),
+                key="",
                 pair_id=pair_id,
                 side=side,
                 text=text.strip(),

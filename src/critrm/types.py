@@ -64,7 +64,7 @@ class Critique:
     """One answered (or failed) call to a critic about one completion (section 3.1)."""
 
     key: str
-    """Content hash of critic, sampling, template and the messages sent: the cache's key."""
+    """The cache's key: content hash of critic, sampling, template and messages sent; empty for imported critiques."""
     pair_id: str
     side: Side
     sample: int = 0
