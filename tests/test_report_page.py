@@ -232,7 +232,7 @@ def _contrast(a: str, b: str) -> float:
 
 
 def test_figures_keep_their_colours_and_hatches_inline(page):
-    assert page.locator("#figures svg[role=img]").count() == 4
+    assert page.locator("#figures svg[role=img]").count() == 5
     assert page.locator("#figures svg").first.get_attribute("aria-label").startswith("Figure 2")
     unknown = page.evaluate(
         """[...document.querySelectorAll('svg *')].flatMap(e => [...e.attributes].flatMap(a =>
