@@ -17,6 +17,8 @@ from critrm import readings
 from critrm.config import Recipe, data_path
 from critrm.errors import ConfigError, DataError
 from critrm.preferences import read_pairs
+from critrm.report_data import read_report
+from critrm.report_tables import accuracy_table
 from critrm.store import write_records
 from critrm.study import command, n_trained, run_study
 from critrm.study_estimate import estimate_study, n_parameters
@@ -188,6 +190,32 @@ def test_a_frozen_backbone_is_planned_as_reading_and_reads_no_pair_twice(tiny_mo
         (critic, size, seed) for critic in ("none", "frontier-llm") for size in (8, 16) for seed in (0, 1)
     }
     assert sum(seen) == 2 * (16 + 20)
+
+
+def test_several_draws_are_other_pairs_and_count_as_runs(tiny_model, tmp_path):
+    recipe = _recipe(tiny_model, grids={"frozen": {"sizes": [16, 8]}})
+    recipe["train"] |= {"frozen": True, "learning_rates": [1e-5], "seeds": [0]}
+    one, three = (Recipe.model_validate(recipe | {"study": recipe["study"] | {"draws": draws}}) for draws in (1, 3))
+    first = run_study(one, out=tmp_path)
+    found = run_study(three, out=tmp_path)
+    assert found["draws"] == 3
+    assert [row for row in found["rows"] if row["draw"] == 1] == first["rows"]  # what was run stays as it was
+    drawn = {}
+    for cell in plan_study(three, out=tmp_path):
+        rows = (cell.folder / "preferences" / "train.jsonl").read_text().splitlines()
+        drawn[cell.draw, cell.n_train] = [json.loads(row)["id"] for row in rows]
+    for draw in range(3):
+        assert drawn[draw, 8] == drawn[draw, 16][:8]
+    assert len({frozenset(drawn[draw, 8]) for draw in range(3)}) == 3
+    (rate,) = (each for each in found["exchange"] if each["n_train"] == 16 and each["group"] == "all")
+    which = ("frontier-llm", 16, "all")
+    accuracies = [row["accuracy"] for row in found["rows"] if (row["critic"], row["n_train"], row["group"]) == which]
+    assert rate["accuracy"] == pytest.approx(sum(accuracies) / 3)
+    report = read_report(tmp_path)
+    assert {(cell.n_train, cell.n_draws, cell.n_runs) for cell in report.cells} == {(8, 3, 3), (16, 3, 3)}
+    arm = next(cell for cell in report.cells if cell.n_train == 16).tests["mini"]["all"]["arms"]["frontier-llm"]
+    assert sorted(arm["by_seed"]) == pytest.approx(sorted(accuracies))
+    assert "3 draws of them with one seed" in accuracy_table(report).caption
 
 
 def test_parameters_are_counted_or_read_off_the_name(tiny_model):

@@ -43,6 +43,13 @@ class ReportCell:
     """By test set; empty where the scores are no longer there."""
     family: str
     """Cells of one family differ in nothing but their training pairs and critics."""
+    n_draws: int = 1
+    """Draws of the training pairs that the scores are of."""
+
+    @property
+    def n_runs(self) -> int:
+        """Trained models per arm: draws times seeds."""
+        return self.n_draws * len(self.results["seeds"])
 
     @property
     def critics(self) -> tuple[str, ...]:
@@ -62,6 +69,7 @@ class Report:
     name: str
     folder: Path
     seeds: tuple[int, ...]
+    n_draws: int
     cells: tuple[ReportCell, ...]
     benchmarks: dict[str, str]
     """Test set -> benchmark."""
@@ -98,6 +106,7 @@ def read_report(folder: str | Path) -> Report:
             "neither study.json nor results.json is there: name a folder that `critrm study` or `critrm run` finished",
             path=str(folder),
         )
+    found = _over_draws(found)
     benchmarks = {test: _benchmark(found, test) for test in found[0].tests}
     pairs = {test: _common_pairs(found, test, notes) for test in found[0].tests}
     main = {id(cell) for cell in main_cells(found)}
@@ -106,6 +115,7 @@ def read_report(folder: str | Path) -> Report:
         name=name,
         folder=folder,
         seeds=tuple(content["seeds"]),
+        n_draws=max(cell.n_draws for cell in cells),
         cells=cells,
         benchmarks=benchmarks,
         pairs=pairs,
@@ -144,6 +154,21 @@ def _cell(folder: Path, row: Mapping[str, Any]) -> ReportCell:
         scores={test: _scores(place, results, test) for test in results["tests"]},
         family=_family(place, row["backbone"], row["grid"]),
     )
+
+
+def _over_draws(cells: Sequence[ReportCell]) -> list[ReportCell]:
+    """One cell for those that differ in their draw of training pairs alone; the first draw's where scores are gone."""
+    found: dict[tuple[str, str, int], ReportCell] = {}
+    for cell in cells:
+        first = found.setdefault((cell.grid, cell.backbone, cell.n_train), cell)
+        if first is not cell and all(first.scores.values()) and all(cell.scores.values()):
+            scores = {
+                test: {critic: seeds + cell.scores[test][critic] for critic, seeds in arms.items()}
+                for test, arms in first.scores.items()
+            }
+            together = replace(first, scores=scores, n_draws=first.n_draws + 1)
+            found[cell.grid, cell.backbone, cell.n_train] = together
+    return list(found.values())
 
 
 def _scores(folder: Path, results: Mapping[str, Any], test: str) -> ArmScores:
@@ -203,7 +228,7 @@ def _measured(
     """The cell with its groups over the common pairs, and with the benchmark's own headline."""
     tests = {}
     for test, groups in cell.tests.items():
-        if pairs[test] and len(pairs[test]) != groups[ALL]["n"]:
+        if pairs[test] and (cell.n_draws > 1 or len(pairs[test]) != groups[ALL]["n"]):
             arms = {
                 critic: [[scores[pair.id] for pair in pairs[test]] for scores in seeds]
                 for critic, seeds in cell.scores[test].items()

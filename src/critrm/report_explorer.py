@@ -106,7 +106,7 @@ def _model(
     return {
         "label": label_of(cell, cells),
         "test": number,
-        "n_seeds": len(cell.results["seeds"]),
+        "n_seeds": cell.n_runs,
         "n_train": cell.n_train,
         "arms": [
             {

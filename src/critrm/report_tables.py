@@ -26,12 +26,13 @@ def accuracy_table(report: Report) -> ReportTable:
         block = [_accuracy_row(cell, critic, columns, label_of(cell, cells)) for critic in (NO_CRITIC, *cell.critics)]
         rows += _marked(block)
     sizes = sorted({cell.n_train for cell in cells})
+    spread = " and ".join(["draws"] * (report.n_draws > 1) + ["seeds"] * (len(report.seeds) > 1))
     return ReportTable(
         key="table2",
         title="Table 2: accuracy by arm and test set",
         caption=(
             f"Strict accuracy after training on {_listed(sizes)} pairs, {_seeds(report)}; [95 % intervals over items]"
-            f"{'; ± standard deviation over seeds' if len(report.seeds) > 1 else ''}. The best of a backbone is bold, "
+            f"{f'; ± standard deviation over {spread}' if spread else ''}. The best of a backbone is bold, "
             "the second underlined. Difference from no critiques on the same pairs, with its 95 % interval and its p "
             "(paired; not adjusted for the number of arms)."
         ),
@@ -97,4 +98,5 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def _seeds(report: Report) -> str:
-    return f"{len(report.seeds)} seeds" if len(report.seeds) > 1 else "one seed"
+    seeds = f"{len(report.seeds)} seeds" if len(report.seeds) > 1 else "one seed"
+    return f"{report.n_draws} draws of them with {seeds}" if report.n_draws > 1 else seeds

@@ -123,7 +123,8 @@ def _nulls(cells: Sequence[ReportCell]) -> list[str]:
     noted = [
         note
         for cell in cells
-        for note in baseline_notes({test: {ALL: groups[ALL]} for test, groups in cell.tests.items()})
+        # As the run noted it: of several draws of the training pairs, the first.
+        for note in baseline_notes({test: {ALL: groups[ALL]} for test, groups in cell.results["tests"].items()})
         if "does not beat" in note
     ]
     if not noted:
@@ -134,7 +135,7 @@ def _nulls(cells: Sequence[ReportCell]) -> list[str]:
 
 def _cautions(report: Report) -> list[str]:
     found = []
-    if len(report.seeds) == 1:
+    if len(report.seeds) * report.n_draws == 1:
         found.append("One seed was trained, so the intervals speak of these models, not of the method.")
     n = min(groups[ALL]["n"] for cell in report.cells for groups in cell.tests.values())
     if n < 200:

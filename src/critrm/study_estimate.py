@@ -21,7 +21,7 @@ from critrm.critique_cache import CritiqueCache, default_cache_path
 from critrm.critique_files import read_critiques
 from critrm.errors import CritrmError
 from critrm.preferences import read_pairs
-from critrm.store import file_hash, file_name
+from critrm.store import content_hash, file_name
 from critrm.study_plan import Cell, plan_study
 from critrm.types import NO_CRITIC, PreferencePair
 
@@ -107,7 +107,8 @@ def _estimate_cell(
         critique = _critique_tokens(config.critique, critic) if critic != NO_CRITIC else 0.0
         n_train, n_tests, per_token = cell.n_train * config.train.n_epochs, len(tests), FLOPS_TRAIN
         if config.train.frozen:
-            n_train = _not_read_yet(n_train, read, cell.family, critic, file_hash(config.preferences.train.path))
+            every = content_hash(sorted(pair.id for pair in read_pairs(config.preferences.train.path).pairs))
+            n_train = _not_read_yet(n_train, read, cell.family, critic, every)
             n_tests = _not_read_yet(n_tests, read, cell.family, critic)
             # A mixture's texts are those of its critics, which are arms of the cell as well.
             left, per_token = min(left, 1) * (critic not in config.critique.mixtures), FLOPS_SCORE
@@ -235,7 +236,7 @@ def estimate_tables(found: StudyEstimate, *, workers: int = 1) -> list[Table]:
         table.add_column(title, justify="left" if title in ("grid", "backbone") else "right", overflow="fold")
     for each in found.cells:
         table.add_row(
-            Text(each.cell.grid),
+            Text(each.cell.grid + (f", draw {each.cell.draw + 1}" if each.cell.draw else "")),
             Text(each.cell.backbone.rsplit("/", 1)[-1]),
             f"{each.cell.n_train:,}",
             str(each.n_arms),

@@ -21,6 +21,8 @@ class Cell:
     grid: str
     backbone: str
     n_train: int
+    draw: int
+    """Which of the study's draws of training pairs, from 0."""
     recipe: Recipe
     folder: Path
     family: str
@@ -35,9 +37,12 @@ class Cell:
 def plan_study(recipe: Recipe, *, out: str | Path, short: bool = False) -> list[Cell]:
     """The cells of a study, those first whose learning rates others take over; writes each grid's training pairs.
 
+    Of several draws the first one's cells come first, so that a study that is stopped has whole curves of some.
+
     Args:
         recipe: with a `study`.
-        out: the study's folder; a grid's pairs, in the order in which they are drawn, are in `pairs/<grid>.jsonl`.
+        out: the study's folder; a grid's pairs, in the order in which they are drawn, are in `pairs/<grid>.jsonl`, the
+            next draw's in `pairs/<grid>-draw-2.jsonl`.
         short: allow sizes that are larger than the number of pairs: for estimates.
 
     Raises:
@@ -62,17 +67,22 @@ def plan_study(recipe: Recipe, *, out: str | Path, short: bool = False) -> list[
             pairs = [
                 pair for pair, prompt in zip(pairs, prompts, strict=True) if normalised(prompt) not in test_prompts
             ]
-        random.Random(recipe.study.seed).shuffle(pairs)
-        path = out / "pairs" / f"{name}.jsonl"
-        write_records(path, pairs)
+        paths = [out / "pairs" / f"{name}{_suffix(draw)}.jsonl" for draw in range(recipe.study.draws)]
+        for draw, path in enumerate(paths):
+            order = list(pairs)
+            random.Random(recipe.study.seed + draw).shuffle(order)
+            write_records(path, order)
         for size in grid.sizes or (len(pairs),):
             if size > len(pairs) and not short:
                 raise DataError(
-                    f"there are {len(pairs)} training pairs, and grid {name!r} asks for {size}", path=str(path)
+                    f"there are {len(pairs)} training pairs, and grid {name!r} asks for {size}", path=str(paths[0])
                 )
             for backbone in grid.backbones or (recipe.train.backbone,):
-                cells.append(_cell(recipe, name, backbone=backbone, size=size, pairs=path, out=out))
-    cells.sort(key=lambda cell: (len(cell.arms), cell.n_train), reverse=True)
+                cells += [
+                    _cell(recipe, name, backbone=backbone, size=size, draw=draw, pairs=path, out=out)
+                    for draw, path in enumerate(paths)
+                ]
+    cells.sort(key=lambda cell: (-cell.draw, len(cell.arms), cell.n_train), reverse=True)
     asked: set[str] = set()
     for number, cell in enumerate(cells):
         # What a backbone says before any label does not depend on the training pairs: it is asked once.
@@ -92,7 +102,11 @@ def _read(sources: Sequence[PairSource]) -> list[PreferencePair]:
     return list(pairs.values())
 
 
-def _cell(recipe: Recipe, grid_name: str, *, backbone: str, size: int, pairs: Path, out: Path) -> Cell:
+def _suffix(draw: int) -> str:
+    return f"-draw-{draw + 1}" if draw else ""
+
+
+def _cell(recipe: Recipe, grid_name: str, *, backbone: str, size: int, draw: int, pairs: Path, out: Path) -> Cell:
     assert recipe.study is not None
     grid = recipe.study.grids[grid_name]
     values = recipe.model_dump()
@@ -112,8 +126,9 @@ def _cell(recipe: Recipe, grid_name: str, *, backbone: str, size: int, pairs: Pa
         grid=grid_name,
         backbone=backbone,
         n_train=size,
+        draw=draw,
         recipe=found,
-        folder=out / grid_name / file_name(backbone.rsplit("/", 1)[-1]) / f"pairs-{size}",
+        folder=out / grid_name / file_name(backbone.rsplit("/", 1)[-1]) / f"pairs-{size}{_suffix(draw)}",
         family=content_hash(backbone, grid.change),
     )
 

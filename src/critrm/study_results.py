@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class StudyRow:
     backbone: str
     critic: str
     n_train: int
+    draw: int
+    """Of the training pairs, from 1."""
     seed: int
     learning_rate: float
     test: str
@@ -52,7 +54,7 @@ class StudyRow:
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """One arm of one cell on one test set."""
+    """One arm on one test set: of one cell, or of the cells that differ in their draw alone."""
 
     cell: Cell
     critic: str
@@ -83,10 +85,11 @@ def study_results(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
         pairs = [pair for pair in read_source(source).pairs if pair.id in common]
         for label, (kind, members) in groups_of(pairs, source.benchmark).items():
             rows += [row for arm in arms for row in _rows(arm, label, kind, members)]
-            rates += _exchanges(recipe, arms, test=test, group=label, kind=kind, members=members)
+            rates += _exchanges(recipe, _over_draws(arms), test=test, group=label, kind=kind, members=members)
     return {
         "study": recipe.name,
         "seeds": list(recipe.train.seeds),
+        "draws": recipe.study.draws if recipe.study else 1,
         "label_price": recipe.study.label_price if recipe.study else None,
         "rows": [asdict(row) for row in rows],
         "exchange": rates,
@@ -95,6 +98,7 @@ def study_results(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
                 "grid": cell.grid,
                 "backbone": cell.backbone,
                 "n_train": cell.n_train,
+                "draw": cell.draw + 1,
                 "folder": str(cell.folder),
                 "results": _results_of(cell),
             }
@@ -123,6 +127,16 @@ def _outcomes(cell: Cell, test: str, source: PairSource) -> list[Outcomes]:
     return found
 
 
+def _over_draws(arms: Sequence[Outcomes]) -> list[Outcomes]:
+    """The arms with the draws of their training pairs put together; a run on another draw counts as a run does."""
+    found: dict[tuple[str, str, int, str], Outcomes] = {}
+    for arm in sorted(arms, key=lambda arm: arm.cell.draw):
+        key = (arm.cell.grid, arm.cell.backbone, arm.cell.n_train, arm.critic)
+        first = found.get(key)
+        found[key] = replace(first, by_seed=first.by_seed + arm.by_seed) if first else arm
+    return list(found.values())
+
+
 def _rows(arm: Outcomes, label: str, kind: str, members: Sequence[str]) -> list[StudyRow]:
     rates = _results_of(arm.cell)["learning_rates"]
     rows = []
@@ -134,6 +148,7 @@ def _rows(arm: Outcomes, label: str, kind: str, members: Sequence[str]) -> list[
                 backbone=arm.cell.backbone,
                 critic=arm.critic,
                 n_train=arm.cell.n_train,
+                draw=arm.cell.draw + 1,
                 seed=seed,
                 learning_rate=rates[arm.critic],
                 test=arm.test,
@@ -229,7 +244,7 @@ def study_markdown(found: Mapping[str, Any]) -> str:
     """A study's accuracy by arm and size, and what its critiques are worth, in Markdown."""
     lines = [f"# {found['study']}", ""]
     lines += [f"- {each['words']}" for each in found["exchange"]]
-    lines += ["", "| grid | backbone | test set | arm | pairs | seeds | accuracy |", "|---|---|---|---|---:|---:|---:|"]
+    lines += ["", "| grid | backbone | test set | arm | pairs | runs | accuracy |", "|---|---|---|---|---:|---:|---:|"]
     for key, accuracies in by_arm(found["rows"]).items():
         grid, backbone, test, group, critic, n_train = key
         where = test if group == ALL else f"{test}, {group}"
@@ -239,13 +254,13 @@ def study_markdown(found: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Strict accuracy, mean over seeds (lowest to highest). A critiqued pair's worth: see the docs on studies.",
+        "Strict accuracy, mean over runs (lowest to highest). A critiqued pair's worth: see the docs on studies.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def by_arm(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str, str, str, int], list[float]]:
-    """(grid, backbone, test set, group, critic, training pairs) -> accuracy of each seed; subsets are left out."""
+    """(grid, backbone, test set, group, critic, training pairs) -> accuracy of each run; subsets are left out."""
     found: dict[tuple[str, str, str, str, str, int], list[float]] = {}
     for row in rows:
         if row["kind"] != "subset" and row["accuracy"] is not None:
