@@ -193,7 +193,7 @@ def test_a_frozen_backbone_is_planned_as_reading_and_reads_no_pair_twice(tiny_mo
 
 
 def test_several_draws_are_other_pairs_and_count_as_runs(tiny_model, tmp_path):
-    recipe = _recipe(tiny_model, grids={"frozen": {"sizes": [16, 8]}})
+    recipe = _recipe(tiny_model, grids={"frozen": {"sizes": [16, 8, 40]}})
     recipe["train"] |= {"frozen": True, "learning_rates": [1e-5], "seeds": [0]}
     one, three = (Recipe.model_validate(recipe | {"study": recipe["study"] | {"draws": draws}}) for draws in (1, 3))
     first = run_study(one, out=tmp_path)
@@ -212,10 +212,12 @@ def test_several_draws_are_other_pairs_and_count_as_runs(tiny_model, tmp_path):
     accuracies = [row["accuracy"] for row in found["rows"] if (row["critic"], row["n_train"], row["group"]) == which]
     assert rate["accuracy"] == pytest.approx(sum(accuracies) / 3)
     report = read_report(tmp_path)
-    assert {(cell.n_train, cell.n_draws, cell.n_runs) for cell in report.cells} == {(8, 3, 3), (16, 3, 3)}
+    assert {(cell.n_train, cell.n_draws, cell.n_runs) for cell in report.cells} == {(8, 3, 3), (16, 3, 3), (40, 1, 1)}
     arm = next(cell for cell in report.cells if cell.n_train == 16).tests["mini"]["all"]["arms"]["frontier-llm"]
     assert sorted(arm["by_seed"]) == pytest.approx(sorted(accuracies))
-    assert "3 draws of them with one seed" in accuracy_table(report).caption
+    assert accuracy_table(report).caption.startswith("Strict accuracy after training on 40 pairs, one seed")
+    smaller = replace(report, cells=tuple(cell for cell in report.cells if cell.n_train < 40))
+    assert "3 draws of them with one seed" in accuracy_table(smaller).caption
 
 
 def test_parameters_are_counted_or_read_off_the_name(tiny_model):

@@ -283,7 +283,7 @@ class StudyConfig(Section):
     seed: int = 0
     """Of the order in which training pairs are drawn."""
     draws: int = Field(default=1, gt=0)
-    """How often they are drawn anew: each number of pairs is run with so many sets of them."""
+    """How often they are drawn anew: each number of pairs, but that of all, is run with so many sets of them."""
     n_parameters: dict[str, float] = Field(default_factory=dict)
     """Backbone -> its parameters, for the plan's hours, where neither its files are here nor its name says them."""
     label_price: float | None = Field(default=None, ge=0, allow_inf_nan=False)

@@ -69,7 +69,6 @@ class Report:
     name: str
     folder: Path
     seeds: tuple[int, ...]
-    n_draws: int
     cells: tuple[ReportCell, ...]
     benchmarks: dict[str, str]
     """Test set -> benchmark."""
@@ -115,7 +114,6 @@ def read_report(folder: str | Path) -> Report:
         name=name,
         folder=folder,
         seeds=tuple(content["seeds"]),
-        n_draws=max(cell.n_draws for cell in cells),
         cells=cells,
         benchmarks=benchmarks,
         pairs=pairs,

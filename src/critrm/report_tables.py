@@ -26,15 +26,15 @@ def accuracy_table(report: Report) -> ReportTable:
         block = [_accuracy_row(cell, critic, columns, label_of(cell, cells)) for critic in (NO_CRITIC, *cell.critics)]
         rows += _marked(block)
     sizes = sorted({cell.n_train for cell in cells})
-    spread = " and ".join(["draws"] * (report.n_draws > 1) + ["seeds"] * (len(report.seeds) > 1))
+    spread = "runs" if any(cell.n_runs > 1 for cell in cells) else ""
     return ReportTable(
         key="table2",
         title="Table 2: accuracy by arm and test set",
         caption=(
-            f"Strict accuracy after training on {_listed(sizes)} pairs, {_seeds(report)}; [95 % intervals over items]"
-            f"{f'; ± standard deviation over {spread}' if spread else ''}. The best of a backbone is bold, "
-            "the second underlined. Difference from no critiques on the same pairs, with its 95 % interval and its p "
-            "(paired; not adjusted for the number of arms)."
+            f"Strict accuracy after training on {_listed(sizes)} pairs, {_runs(cells, len(report.seeds))}; "
+            f"[95 % intervals over items]{f'; ± standard deviation over {spread}' if spread else ''}. "
+            "The best of a backbone is bold, the second underlined. Difference from no critiques on the same pairs, "
+            "with its 95 % interval and its p (paired; not adjusted for the number of arms)."
         ),
         titles=tuple(titles),
         rows=tuple(rows),
@@ -97,6 +97,7 @@ def _listed(sizes: Sequence[int]) -> str:
     return " or ".join(str(size) for size in sizes)
 
 
-def _seeds(report: Report) -> str:
-    seeds = f"{len(report.seeds)} seeds" if len(report.seeds) > 1 else "one seed"
-    return f"{report.n_draws} draws of them with {seeds}" if report.n_draws > 1 else seeds
+def _runs(cells: Sequence[ReportCell], n_seeds: int) -> str:
+    n_draws = max(cell.n_draws for cell in cells)
+    seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
+    return f"{n_draws} draws of them with {seeds}" if n_draws > 1 else seeds

@@ -135,7 +135,7 @@ def _nulls(cells: Sequence[ReportCell]) -> list[str]:
 
 def _cautions(report: Report) -> list[str]:
     found = []
-    if len(report.seeds) * report.n_draws == 1:
+    if all(cell.n_runs == 1 for cell in main_cells(report.cells)):
         found.append("One seed was trained, so the intervals speak of these models, not of the method.")
     n = min(groups[ALL]["n"] for cell in report.cells for groups in cell.tests.values())
     if n < 200:

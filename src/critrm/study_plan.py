@@ -78,9 +78,10 @@ def plan_study(recipe: Recipe, *, out: str | Path, short: bool = False) -> list[
                     f"there are {len(pairs)} training pairs, and grid {name!r} asks for {size}", path=str(paths[0])
                 )
             for backbone in grid.backbones or (recipe.train.backbone,):
+                # Of all pairs there is one set, however often they are drawn.
                 cells += [
                     _cell(recipe, name, backbone=backbone, size=size, draw=draw, pairs=path, out=out)
-                    for draw, path in enumerate(paths)
+                    for draw, path in enumerate(paths if size < len(pairs) else paths[:1])
                 ]
     cells.sort(key=lambda cell: (-cell.draw, len(cell.arms), cell.n_train), reverse=True)
     asked: set[str] = set()
