@@ -94,10 +94,13 @@ class Readings:
         self._look()
 
     def _load(self, keys: Sequence[str]) -> list[torch.Tensor]:
+        by_file: dict[Path, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self._place[key], []).append(key)
         found: dict[str, torch.Tensor] = {}
-        for path in dict.fromkeys(self._place[key] for key in keys):
+        for path, inside in by_file.items():
             with safe_open(path, "pt") as file:
-                found |= {key: file.get_tensor(key) for key in keys if self._place[key] == path}
+                found |= {key: file.get_tensor(key) for key in inside}
         return [found[key] for key in keys]
 
 
