@@ -60,6 +60,7 @@ def made_study(
     test: str = "rewardbench",
     seeds: Sequence[int] = (0, 1),
     backbone: str = "some/backbone-7b",
+    cost: Mapping[str, float] | None = None,
 ) -> Path:
     """A study's folder: each critic adds its gain to a log-odds that grows with the logarithm of the pairs."""
     out = folder / "study"
@@ -68,7 +69,7 @@ def made_study(
     cells = plan_study(recipe, out=out)
     critiques = critiques or {critic: made_critiques(pairs, critic) for critic in gains}
     for cell in cells:
-        _fill(cell, pairs, gains, critiques, test=test, benchmark=benchmark, seeds=seeds)
+        _fill(cell, pairs, gains, critiques, test=test, benchmark=benchmark, seeds=seeds, cost=dict(cost or {}))
     write_study(out, study_results(recipe, cells))
     return out
 
@@ -94,7 +95,7 @@ def _recipe(folder, gains, grids, pairs, benchmark, test, seeds, backbone) -> Re
     )
 
 
-def _fill(cell: Cell, pairs, gains, critiques, *, test, benchmark, seeds) -> None:
+def _fill(cell: Cell, pairs, gains, critiques, *, test, benchmark, seeds, cost) -> None:
     out = cell.folder
     write_records(out / "preferences" / f"{test}.jsonl", pairs)
     arms = augment_pairs(pairs, {critic: critiques[critic] for critic in cell.arms})
@@ -127,7 +128,7 @@ def _fill(cell: Cell, pairs, gains, critiques, *, test, benchmark, seeds) -> Non
         "tests": {test: compare_arms(kept, scores, benchmark=benchmark, baselines=nulls)},
         "seconds": {},
         "tokens": {},
-        "cost": {},
+        "cost": cost,
     }
     write_text(out / "results.json", json.dumps(results))
     write_manifest(out, config=cell.recipe.model_dump(mode="json"), started=0.0)

@@ -24,6 +24,7 @@ from critrm.study import command, n_trained, run_study
 from critrm.study_estimate import estimate_study, n_parameters
 from critrm.study_plan import plan_study
 from critrm.types import NO_CRITIC
+from report_study import made_study
 
 
 def _recipe(tiny_model, *, grids=None, **study) -> dict:
@@ -98,7 +99,7 @@ def test_the_learning_rate_is_chosen_once_at_the_largest_size(finished):
     assert rates[24][NO_CRITIC] == rates[16][NO_CRITIC]
 
 
-def test_what_a_critique_is_worth_is_said_for_each_size_with_money(finished):
+def test_what_a_critique_is_worth_is_said_for_each_size(finished):
     _, out, found = finished
     assert [(each["critic"], each["n_train"]) for each in found["exchange"] if each["group"] == "all"] == [
         ("frontier-llm", 16),
@@ -106,8 +107,27 @@ def test_what_a_critique_is_worth_is_said_for_each_size_with_money(finished):
     ]
     for each in found["exchange"]:
         assert (each["smallest"], each["largest"]) == (8, 24)
-        assert each["money"]["critiqued_pairs"] == each["n_train"] * 2.0
+        assert each["money"] is None  # nobody knows what these critiques cost
         assert each["words"] in (out / "study.md").read_text()
+
+
+def test_what_a_critique_is_worth_is_said_in_money_where_its_price_is_known(tmp_path):
+    grids = {"all": {"sizes": [40, 80]}, "more": {"sizes": [160], "critics": []}}
+    study = made_study(tmp_path, gains={"strong": 3.0, "unpriced": 3.0}, grids=grids, cost={"strong": 6.0})
+    found = json.loads((study / "study.json").read_text())["exchange"]
+    rates = {(each["critic"], each["n_train"]): each for each in found if each["group"] == "all"}
+    assert rates["unpriced", 80]["money"] is None and "$" not in rates["unpriced", 80]["words"]
+    priced = rates["strong", 80]
+    # 60 test pairs have two critiques each, at a dollar a label.
+    assert priced["money"] == {
+        "label": 1.0,
+        "critique": 6.0 / 120,
+        "critiqued_pairs": 80 * (1.0 + 2 * 6.0 / 120),
+        "plain_pairs": priced["plain_pairs"],
+    }
+    assert priced["words"].endswith(
+        "At $1.00 a label and $0.0500 a critique that is $88.00 instead of more than $160.00."
+    )
 
 
 def test_a_finished_study_does_nothing(finished):

@@ -64,10 +64,10 @@ def write_results(
 
 
 def _cost(run: Run, critiques: Mapping[str, Sequence[Critique]]) -> dict[str, float]:
-    """US dollars per arm whose critics were called; a mixture's are those of the critiques that went into it."""
-    cost = {name: ledger.cost + ledger.cost_cached for name, ledger in run.ledgers.items()}
-    mixed = {name: sum(row.cost for row in critiques[name]) for name in run.recipe.critique.mixtures}
-    return {name: round(dollars, 6) for name, dollars in (cost | mixed).items()}
+    """US dollars per arm: its critic's ledger, else what its critiques say they cost; none where that is not known."""
+    ledgers = {name: ledger.cost + ledger.cost_cached for name, ledger in run.ledgers.items()}
+    noted = {name: sum(row.cost for row in rows) for name, rows in critiques.items() if name not in ledgers}
+    return {name: round(cost, 6) for name, cost in (ledgers | {n: cost for n, cost in noted.items() if cost}).items()}
 
 
 def _zero_label(run: Run, name: str, items: Sequence[CritiquedPair]) -> dict[str, list[Score]]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from critrm.benchmarks import read_source
+from critrm.budget import dollars
 from critrm.config import PairSource, Recipe
 from critrm.exchange import Exchange, Runs, exchange_rate, in_words
 from critrm.metrics import correctness, tally
@@ -183,7 +184,7 @@ def _exchanges(
         )
         if rate is None:
             continue
-        where = test if group == ALL else f"{test}, {group}"
+        where, money = test if group == ALL else f"{test}, {group}", _money(recipe, arm, rate)
         found.append(
             {
                 "grid": arm.cell.grid,
@@ -194,8 +195,8 @@ def _exchanges(
                 **asdict(rate),
                 "rate": rate.rate,
                 "is_significant": rate.is_significant,
-                "words": in_words(rate, arm=arm.critic, where=where),
-                "money": _money(recipe, arm, rate),
+                "words": in_words(rate, arm=arm.critic, where=where) + _in_money(rate, money),
+                "money": money,
             }
         )
     return found
@@ -211,22 +212,29 @@ def _plain_curve(recipe: Recipe, arms: Sequence[Outcomes], arm: Outcomes) -> dic
 
 
 def _money(recipe: Recipe, arm: Outcomes, rate: Exchange) -> dict[str, float] | None:
-    """What the arm's pairs cost with critiques, and what as good plain pairs do, in US dollars."""
+    """What the arm's pairs cost with critiques, and as good ones without, in US dollars; None where it is not known."""
     price = recipe.study.label_price if recipe.study else None
-    if price is None:
-        return None
     cost = _results_of(arm.cell).get("cost", {}).get(arm.critic)
-    per_critique = None
+    if price is None or cost is None:
+        return None
     n_critiques = len((arm.cell.folder / "critique" / f"{file_name(arm.critic)}.jsonl").read_bytes().splitlines())
-    if cost is not None and n_critiques:
-        per_critique = cost / n_critiques
-    critiqued = rate.n_train * (price + 2 * (per_critique or 0.0))
+    per_critique = cost / n_critiques
     return {
         "label": price,
-        "critique": per_critique or 0.0,
-        "critiqued_pairs": critiqued,
+        "critique": per_critique,
+        "critiqued_pairs": rate.n_train * (price + 2 * per_critique),
         "plain_pairs": rate.plain_pairs * price,
     }
+
+
+def _in_money(rate: Exchange, money: Mapping[str, float] | None) -> str:
+    if money is None or not rate.is_significant or rate.difference.value < 0:
+        return ""
+    more = "more than " if rate.plain_pairs >= rate.largest else ""
+    return (
+        f" At {dollars(money['label'])} a label and {dollars(money['critique'])} a critique that is "
+        f"{dollars(money['critiqued_pairs'])} instead of {more}{dollars(money['plain_pairs'])}."
+    )
 
 
 def write_study(out: Path, found: Mapping[str, Any]) -> None:
