@@ -76,5 +76,5 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@echo "Installing critrm and its tools (a minute or two the first time)"
-	@$(PIP) -c constraints.txt -e '.[data,train,embedded,eval,report,serve,ray,dev]'
+	@$(PIP) -c constraints.txt -e '.[data,train,embedded,eval,report,serve,ray,qlora,dev]'
 	@touch $@

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,12 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from critrm.batching import pack
 from critrm.config import TrainConfig
 from critrm.errors import ConfigError, DataError, ModelError, StorageError
+from critrm.pair_trainer import fresh_model
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import write_records
 from critrm.train import command, held_out_loss, run_facts, train_reward_model
@@ -162,6 +166,58 @@ def test_lora_trains_adapters_and_the_saved_head_survives_a_reload(tiny_model, a
         assert torch.equal(reloaded[name], tensor), name
 
 
+@pytest.fixture
+def wide_model(tiny_model, tmp_path):
+    """The tiny model with layers as wide as the blocks of 64 weights that 4 bits come in."""
+    folder = shutil.copytree(tiny_model, tmp_path / "wide-model")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model, **shape)).save_pretrained(folder)
+    return folder
+
+
+def test_adapters_on_4_bits_are_merged_into_what_the_4_bits_stand_for(wide_model, arm, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = _config(wide_model, lora_rank=4, load_in_4bit=True, n_epochs=3, margins=None)
+    result = train_reward_model(arm, config, out=tmp_path, seed=0)
+    scores = RewardModel.load(result.folder, precision="fp32").score(arm)
+    assert sum(score.chosen > score.rejected for score in scores) == len(arm)
+    # The adapters on a backbone that is still in 4 bits give these rewards, too.
+    quantized = fresh_model(config, Reads(critic="c"), seed=5)
+    assert quantized.model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        quantized.model = PeftModel.from_pretrained(quantized.model, tmp_path / "adapter")
+    for ours, theirs in zip(scores, quantized.score(arm), strict=True):
+        assert (ours.chosen, ours.rejected) == pytest.approx((theirs.chosen, theirs.rejected), rel=0.01, abs=0.01)
+    # What is saved is a plain classifier in full precision, which needs no bitsandbytes.
+    weights = load_file(result.folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert "quantization_config" not in json.loads((result.folder / "config.json").read_text())
+    whole = RewardModel.from_backbone(str(wide_model), Reads(), seed=0).model.state_dict()
+    assert torch.equal(weights["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
+
+
+def test_gradients_through_4_bits_are_those_of_what_they_stand_for_after_an_evaluation_as_well(wide_model, arm):
+    pytest.importorskip("bitsandbytes")
+    config = _config(wide_model, lora_rank=4, load_in_4bit=True)
+    found = []
+    for whole in (False, True):
+        model = fresh_model(config, Reads(critic="c"), seed=0)
+        if whole:
+            model.model.dequantize(torch.float32)
+        batch = pack([model.encode(item) for item in arm[:4]])
+        model.score(arm[:4])  # reads without gradients
+        embedded = model.model.get_input_embeddings()
+        embedded.weight.requires_grad_(True)
+        model.model.train(True)
+        rewards = model.rewards(batch)
+        (rewards[:, 0] - rewards[:, 1]).sum().backward()
+        found.append((rewards.detach(), embedded.weight.grad))
+    for quantized, plain in zip(*found, strict=True):
+        torch.testing.assert_close(quantized, plain, rtol=0.01, atol=0.01 * float(plain.abs().max()))
+
+
 def test_the_trainers_loggers_work(tiny_model, arm, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     train_reward_model(arm[:8], _config(tiny_model, report_to=("tensorboard",)), out=tmp_path / "run")
@@ -187,7 +243,11 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_trained(tiny_m
     with pytest.raises(DataError, match="one arm"):
         held_out = [replace(arm[0], critic="d")]
         train_reward_model(arm, _config(tiny_model, keep="best"), out=tmp_path, held_out=held_out)
-    for bad in ({"loss": "scaled", "margins": None}, {"center_weight": -1}, {"critique_dropout": 1}, {"loss": "x"}):
+    four_bits = {"load_in_4bit": True}
+    for bad in (
+        {"loss": "scaled", "margins": None}, {"center_weight": -1}, {"critique_dropout": 1}, {"loss": "x"},
+        four_bits, four_bits | {"lora_rank": 4, "lm_weight": 0.1}, four_bits | {"lora_rank": 4, "frozen": True},
+    ):  # fmt: skip
         with pytest.raises(ValidationError):
             _config(tiny_model, **bad)
     with pytest.raises(ConfigError, match=r"scaled loss.*margins"):

@@ -48,12 +48,15 @@ class {name}(GenericForSequenceClassification, {base}):
 '''
 
 
-def load_classifier(name: str, *, new_head: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_classifier(
+    name: str, *, new_head: bool = False, quantization: Any = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a classifier with one label, in fp32, that also takes packed rows, and its tokenizer.
 
     Args:
         name: a folder or hub id.
         new_head: put a new head on a language model, drawn with torch's random numbers.
+        quantization: hold the weights of matrix products in fewer bits; see `models.four_bits`.
 
     Raises:
         ModelError: there is no such model, it has no head, or packed rows would change its rewards.
@@ -65,7 +68,7 @@ def load_classifier(name: str, *, new_head: bool = False) -> tuple[PreTrainedMod
             config = AutoConfig.from_pretrained(name)
             _refuse_layers(name, config)
             model, facts = _classifier_class(config).from_pretrained(
-                name, num_labels=1, dtype=torch.float32, output_loading_info=True
+                name, num_labels=1, dtype=torch.float32, output_loading_info=True, quantization_config=quantization
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name}: cannot be loaded as a reward model ({error})") from error
@@ -74,6 +77,11 @@ def load_classifier(name: str, *, new_head: bool = False) -> tuple[PreTrainedMod
             f"{name}: no reward model: its weights lack {', '.join(sorted(facts['missing_keys']))}. "
             "A backbone becomes one with `critrm train`."
         )
+    for module in model.modules() if quantization else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On some CPUs bitsandbytes lays weights out anew when it first reads without gradients, and gradients
+            # through that layout are wrong without a word.
+            module.support_avx512bf16_for_cpu = False
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

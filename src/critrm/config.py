@@ -210,6 +210,8 @@ class TrainConfig(Section):
     """The backbone stays as it was pretrained, and a head is fitted to what it says of each pair: see `frozen_head`."""
     lora_rank: int = Field(default=0, ge=0)
     """0 trains all parameters, as the paper does; otherwise adapters of this rank and the head."""
+    load_in_4bit: bool = False
+    """The backbone is held in 4 bits while adapters are trained on it (QLoRA); the saved model is in full precision."""
     gradient_checkpointing: bool = False
     """Compute activations a second time instead of keeping them: less memory, slower, the same result."""
     keep: Literal["last", "best"] = "last"
@@ -234,6 +236,14 @@ class TrainConfig(Section):
             given.append("several learning_rates")
         if self.frozen and given:
             raise ValueError(f"a frozen backbone has its head fitted, not trained: leave out {', '.join(given)}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_on_4_bits(self) -> "TrainConfig":
+        if self.load_in_4bit and not self.lora_rank:
+            raise ValueError("load_in_4bit trains adapters on weights that cannot be trained: give a lora_rank")
+        if self.load_in_4bit and self.lm_weight:
+            raise ValueError("lm_weight reads the backbone's own head, which load_in_4bit does not keep as it is")
         return self
 
     @model_validator(mode="after")

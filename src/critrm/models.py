@@ -271,6 +271,28 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def four_bits(precision: Precision) -> Any:
+    """How transformers is told to hold a model's weights in 4 bits, as QLoRA does: NormalFloat, quantized twice.
+
+    Args:
+        precision: that products are computed in.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    _require("4 bits", "bitsandbytes", "qlora")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtypes[precision],
+    )
+
+
 def load_causal_lm(name: str, *, dtype: Precision = "fp32") -> "PreTrainedModel":
     """Load a language model's weights in one precision, on the CPU, ready to generate.
 

@@ -1,8 +1,10 @@
 """transformers' Trainer over packed rows, and how a run of it is set up (sections 3.2, 4.4)."""
 
+import contextlib
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from critrm.callbacks import RichProgress, TimedCheckpoints
 from critrm.config import TrainConfig
 from critrm.errors import ConfigError, ModelError
 from critrm.losses import critique_loss, reward_losses
-from critrm.reward_model import RewardModel
+from critrm.reward_model import Reads, RewardModel
 from critrm.training_data import EpochSampler, TrainingPair, TrainingPairs, collate
 from critrm.types import NO_CRITIC
 
@@ -227,15 +229,33 @@ def make_trainer(
         data_collator=collate,
         callbacks=callbacks,
     )
+    if config.load_in_4bit and _is_sharded(trainer):
+        raise ConfigError(
+            "load_in_4bit needs whole weights in every process: leave out FSDP or DeepSpeed, or the 4 bits"
+        )
     if head and _is_sharded(trainer):
         raise ConfigError("lm_weight needs whole weights in every process: FSDP and DeepSpeed cannot train with it")
     trainer.remove_callback(PrinterCallback)  # the Trainer's stand-in for a progress bar; the log is in log.jsonl
     return trainer, note
 
 
+def precision_of(config: TrainConfig) -> models.Precision:
+    """What a run's products are computed in."""
+    return models.choose_precision(models.choose_device()) if config.precision == "auto" else config.precision
+
+
+def fresh_model(config: TrainConfig, reads: Reads, *, seed: int) -> RewardModel:
+    """The backbone under a new head, before any training; in 4 bits where the config says so.
+
+    Raises:
+        ModelError: the backbone cannot be loaded, or bitsandbytes is not installed.
+    """
+    quantization = models.four_bits(precision_of(config)) if config.load_in_4bit else None
+    return RewardModel.from_backbone(config.backbone, reads, seed=seed, quantization=quantization)
+
+
 def _arguments(config: TrainConfig, *, out: Path) -> dict[str, Any]:
-    device = models.choose_device()
-    precision = models.choose_precision(device) if config.precision == "auto" else config.precision
+    device, precision = models.choose_device(), precision_of(config)
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))  # what torchrun and accelerate set
     if config.batch_size % n_processes:
         raise ConfigError(f"batch_size {config.batch_size} cannot be shared evenly by {n_processes} processes")
@@ -273,17 +293,28 @@ def _is_sharded(trainer: PairTrainer) -> bool:
 def whole_model(
     reward_model: RewardModel, trainer: PairTrainer, *, config: TrainConfig, out: Path, seed: int
 ) -> RewardModel:
-    """The trained model in one piece: gathered where it was sharded, adapters merged; only process 0 gets it."""
+    """The trained model in one piece: gathered where it was sharded, adapters merged; only process 0 gets it.
+
+    Adapters that were trained on 4 bits are merged into what these 4 bits stand for.
+    """
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if _is_sharded(trainer):
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # takes all processes
         if not trainer.is_world_process_zero():
             return reward_model
-        reward_model = RewardModel.from_backbone(config.backbone, reward_model.reads, seed=seed)
+        reward_model = fresh_model(config, reward_model.reads, seed=seed)
         model = _with_adapters(reward_model.model, config.lora_rank) if config.lora_rank else reward_model.model
         model.load_state_dict(weights)
     if config.lora_rank and trainer.is_world_process_zero():
+        from peft import PeftModel
+
         model.save_pretrained(out / "adapter")
+        if config.load_in_4bit:
+            reward_model = fresh_model(config, reward_model.reads, seed=seed)
+            with models.quiet():
+                reward_model.model.dequantize(torch.float32)  # type: ignore[no-untyped-call]
+            with _peft():
+                model = PeftModel.from_pretrained(reward_model.model, out / "adapter")
         reward_model.model = model.merge_and_unload()
     return reward_model
 
@@ -292,7 +323,13 @@ def _with_adapters(model: Any, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=["score"])
+    with _peft():
+        return get_peft_model(model, lora)
+
+
+@contextlib.contextmanager
+def _peft() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft still asks for an attribute by a name that transformers has deprecated.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, lora)
+        yield

@@ -98,10 +98,10 @@ class RewardModel:
         return loaded
 
     @classmethod
-    def from_backbone(cls, backbone: str, reads: Reads, *, seed: int) -> Self:
+    def from_backbone(cls, backbone: str, reads: Reads, *, seed: int, quantization: Any = None) -> Self:
         """Put a new scalar head on a pretrained language model; the head is drawn with `seed` (section 3.2)."""
         torch.manual_seed(seed)
-        model, tokenizer = load_classifier(str(models.resolve(backbone)), new_head=True)
+        model, tokenizer = load_classifier(str(models.resolve(backbone)), new_head=True, quantization=quantization)
         return cls(model, tokenizer, reads, name=backbone)
 
     precision: str = "fp32"

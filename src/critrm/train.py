@@ -20,7 +20,7 @@ from critrm.config import TrainConfig
 from critrm.errors import ConfigError, DataError
 from critrm.frozen_head import frozen_head
 from critrm.losses import ranking_loss
-from critrm.pair_trainer import PairTrainer, make_trainer, whole_model
+from critrm.pair_trainer import PairTrainer, fresh_model, make_trainer, whole_model
 from critrm.readings import Readings
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import content_hash, mark_stage_done, read_records, stage_is_done, write_manifest, write_records
@@ -49,7 +49,16 @@ def run_facts(config: TrainConfig, *, seed: int, rate: float, max_length: int) -
     others = {"learning_rates", "seeds", "n_held_out", "n_sweep", "pairs_per_pass", "checkpoint_minutes", "report_to"}
     facts = config.model_dump(exclude=others | {"gradient_checkpointing"})
     # Settings that came later are no facts of a run without them: what was finished before they existed stays finished.
-    for later in ("loss", "center_weight", "lm_weight", "critique_dropout", "critique_first", "keep", "frozen"):
+    for later in (
+        "loss",
+        "center_weight",
+        "lm_weight",
+        "critique_dropout",
+        "critique_first",
+        "keep",
+        "frozen",
+        "load_in_4bit",
+    ):
         if facts[later] == TrainConfig.model_fields[later].default:
             del facts[later]
     return facts | {"seed": seed, "learning_rate": rate, "max_length": max_length}
@@ -108,7 +117,7 @@ def train_reward_model(
     # Loaded and let go before the model that is trained, which takes as much memory.
     direction = reading_direction(config.backbone) if config.frozen else None
     with failure_advice(out):
-        reward_model = RewardModel.from_backbone(config.backbone, reads, seed=seed)
+        reward_model = fresh_model(config, reads, seed=seed)
         arm = drop_critiques(pairs, config.critique_dropout, seed=seed)
         encoded, n_cut = encode_pairs(arm, reward_model, config=config)
         if direction is not None:
@@ -280,6 +289,7 @@ def command(
     keep: Literal["last", "best"] = "last",
     frozen: bool = False,
     lora_rank: int = 0,
+    load_in_4bit: bool = False,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     pairs_per_pass: int = 8,
     gradient_checkpointing: bool = False,
@@ -307,6 +317,7 @@ def command(
         keep: the last weights, or the best on the held-out pairs.
         frozen: leave the backbone as it is, and fit a head to what it says of each pair: minutes instead of hours.
         lora_rank: train adapters of this rank and the head instead of all parameters.
+        load_in_4bit: hold the backbone in 4 bits under the adapters (QLoRA): a quarter of its memory.
         precision: fp32, bf16 or auto.
         pairs_per_pass: pairs computed at once; memory grows with it, the result does not depend on it.
         gradient_checkpointing: keep fewer activations: less memory, slower, the same result.
@@ -328,6 +339,7 @@ def command(
             keep=keep,
             frozen=frozen,
             lora_rank=lora_rank,
+            load_in_4bit=load_in_4bit,
             precision=precision,
             pairs_per_pass=pairs_per_pass,
             gradient_checkpointing=gradient_checkpointing,
