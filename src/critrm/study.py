@@ -27,6 +27,9 @@ from critrm.study_plan import Cell, plan_study
 from critrm.study_results import exchange_table, study_results, write_study
 from critrm.work_sharing import POLL_SECONDS, claim
 
+SECONDS_TO_LOOK_AGAIN = 30.0
+"""So often a process that waits for others looks whether one of them was killed and has left something to do."""
+
 
 def run_study(recipe: Recipe, *, out: str | Path, console: Console | None = None) -> dict[str, Any]:
     """Run every cell of a study that no other process does, wait for the others', and return its results.
@@ -55,11 +58,22 @@ def run_study(recipe: Recipe, *, out: str | Path, console: Console | None = None
             if results is not None:
                 done[cell.folder] = results
         if len(done) == before:
-            time.sleep(POLL_SECONDS)
+            _wait_for_others(cells)
     with claim(out, wait=True):
         found = study_results(recipe, cells)
         write_study(out, found)
     return found
+
+
+def _wait_for_others(cells: Sequence[Cell]) -> None:
+    """Until another process has got further, or may have been killed: looking again reads all pairs again."""
+
+    def progress() -> int:
+        return sum(n_trained(cell) + (cell.folder / LEARNING_RATES).is_file() for cell in cells)
+
+    before, started = progress(), time.monotonic()
+    while progress() == before and time.monotonic() - started < SECONDS_TO_LOOK_AGAIN:
+        time.sleep(POLL_SECONDS)
 
 
 def _family_rates(cell: Cell, cells: Sequence[Cell]) -> dict[str, float] | None:
