@@ -173,6 +173,11 @@ def in_words(found: Exchange, *, arm: str, where: str) -> str:
         return f"{start}. These critiques do harm."
     if found.plain_pairs >= found.largest:
         sure = f" (in {found.share_above:.0%} of resamples)" if found.share_above < 0.995 else ""
+        if found.slope <= 0:
+            return (
+                f"{start}. Without critiques, no number of pairs up to {found.largest} reaches that{sure}, and "
+                "accuracy does not rise with it: plain pairs are no substitute here."
+            )
         return (
             f"{start}. Without critiques, {found.largest} pairs do not reach that{sure}: "
             f"a critiqued pair is worth more than {found.largest / found.n_train:.1f} plain ones."

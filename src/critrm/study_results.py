@@ -302,6 +302,8 @@ def _worth(each: Mapping[str, Any]) -> tuple[str, str]:
         return "not shown", "-"
     if each["difference"]["value"] < 0:
         return "harm", "-"
+    if each["plain_pairs"] >= each["largest"] and each["slope"] <= 0:
+        return "no number", "-"
     if each["plain_pairs"] >= each["largest"]:
         return f"> {each['largest']}", f"> {each['largest'] / each['n_train']:.1f}"
     high = f"> {each['largest']}" if each["high"] >= each["largest"] else f"{each['high']:.0f}"
