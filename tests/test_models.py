@@ -163,3 +163,9 @@ def test_converting_from_the_wheel_gives_the_weights_of_the_gguf_file(tmp_path: 
         assert torch.equal(model.get_parameter(f"{ours}.weight"), expected)
     config = json.loads((models.cached_folder(NAME) / "config.json").read_text())
     assert not {"quantization_config", "_name_or_path", "_model_name_or_path"} & set(config)
+
+
+def test_an_installed_bitsandbytes_has_nothing_to_say_to_those_who_do_not_use_it():
+    pytest.importorskip("bitsandbytes")
+    done = subprocess.run([sys.executable, "-c", "import critrm.train"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

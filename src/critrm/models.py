@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import logging
 import math
 import os
 import re
@@ -36,6 +37,10 @@ from critrm.errors import ModelError, StorageError
 if TYPE_CHECKING:
     # Imported inside the functions: `critrm augment` and `critrm models list` need no torch.
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Where bitsandbytes is installed, transformers' Trainer imports it, and it would tell every user of a CPU which kernel
+# for 4 bits it did not find.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 PREFIX = "embedded:"
 Precision = Literal["fp32", "bf16"]
