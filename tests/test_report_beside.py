@@ -81,6 +81,7 @@ def test_the_papers_table_2_is_there_whole():
         ({"is_significant": False}, "no worth shown"),
         ({"difference": {"value": -0.1}}, "they do harm"),
         ({"plain_pairs": 400}, "more than 400 plain pairs"),
+        ({"plain_pairs": 400, "slope": -0.1}, "no number of plain pairs up to 400"),
         ({}, "200 plain pairs [150, 300], 5.0 each"),
         ({"high": 400}, "200 plain pairs [150, more than 400], 5.0 each"),
     ],
@@ -93,6 +94,7 @@ def test_a_worth_says_no_more_than_was_measured(changed, said):
         "low": 150,
         "high": 300,
         "largest": 400,
+        "slope": 0.3,
         "rate": 5.0,
     }
     assert worth(rate | changed) == said

@@ -37,6 +37,13 @@ def test_what_a_critique_is_worth_is_the_best_that_was_shown(tmp_path):
     assert "One seed was trained" in line
 
 
+def test_of_arms_beyond_the_plain_curve_the_one_that_gains_most_is_told(tmp_path):
+    grids = {"all": {"sizes": [40, 400]}}
+    gains = {"good": 1.5, "best": 3.0}
+    line = bottom_line(_report(tmp_path, gains, grids, pairs=made_pairs(400), seeds=(0,)))
+    assert "What a critique is worth, over all pairs of rewardbench: with best's critiques, 40 pairs" in line
+
+
 def test_without_several_sizes_no_worth_is_told(tmp_path):
     assert "was not measured" in bottom_line(_report(tmp_path, {"good": 2.0}))
 

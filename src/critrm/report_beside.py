@@ -139,6 +139,8 @@ def worth(each: Mapping[str, Any]) -> str:
         return "no worth shown"
     if each["difference"]["value"] < 0:
         return "they do harm"
+    if each["plain_pairs"] >= each["largest"] and each["slope"] <= 0:
+        return f"no number of plain pairs up to {each['largest']}"
     if each["plain_pairs"] >= each["largest"]:
         return f"more than {each['largest']} plain pairs"
     high = f"more than {each['largest']}" if each["high"] >= each["largest"] else f"{each['high']:.0f}"

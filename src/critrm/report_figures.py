@@ -1,5 +1,6 @@
 """A report's figures: the paper's Figures 2, 3, 4, 6 and 7 of our own numbers."""
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,9 +118,8 @@ def _bars(report: Report, places: Places) -> "Figure":
     cells, tests = main_cells(report.cells), list(report.cells[0].tests)
     critics = [critic for critic in places if any(critic in (NO_CRITIC, *cell.critics) for cell in cells)]
     width = min(0.2, 0.8 / len(critics))
-    figure, panels = new_figure(
-        len(tests), width=max(5.0, 1.2 + 0.38 * len(critics) * len(cells)), height=3.2, n_columns=1
-    )
+    panel_width = max(5.0, 1.2 + 0.38 * len(critics) * len(cells))
+    figure, panels = new_figure(len(tests), width=panel_width, height=3.2, n_columns=1)
     for axes, test in zip(panels, tests, strict=True):
         shown = []
         for i, critic in enumerate(critics):
@@ -143,7 +143,10 @@ def _bars(report: Report, places: Places) -> "Figure":
             )
             shown += found
         axes.set_ylim(0, min(1.02, max((arm["high"] for arm in shown), default=1.0) + 0.05))
-        axes.set_xticks(range(len(cells)), [shown_name(label_of(cell, cells)) for cell in cells])
+        # Names side by side would run into each other; an inch holds about eleven letters.
+        n_letters = max(10, int(11 * (panel_width - 1.0) / len(cells)))
+        labels = [", ".join(map(shown_name, label_of(cell, cells).split(", "))) for cell in cells]
+        axes.set_xticks(range(len(cells)), [textwrap.fill(label, n_letters) for label in labels])
         axes.set_xlim(-0.55, len(cells) - 0.45)
         axes.set_ylabel("strict accuracy")
         axes.set_title(_where(test, headline(cells[0].tests[test])), loc="left")

@@ -114,7 +114,8 @@ def _worth(exchange: Sequence[Mapping[str, Any]]) -> list[str]:
     helpful = [each for each in overall if each["is_significant"] and each["difference"]["value"] > 0]
     if not helpful:
         return ["At no size is a critique shown to be worth a plain pair."]
-    best = max(helpful, key=lambda each: each["rate"])
+    # Beyond the plain curve rates are bounds, and the same for all arms of a size: then the arm that gains most.
+    best = max(helpful, key=lambda each: (each["rate"], each["difference"]["value"]))
     return [f"What a critique is worth, over all pairs of {best['words']}"]
 
 
