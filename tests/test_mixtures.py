@@ -83,6 +83,20 @@ def test_a_run_has_an_arm_for_each_mixture(tiny_model, weak_file, tmp_path):
     assert 0 < sum(row.text == "Fine." for row in rows) < len(rows)
 
 
+@pytest.mark.parametrize("priced", [("frontier-llm",), ("frontier-llm", "weak")])
+def test_what_a_mixture_costs_is_known_where_it_is_of_all_its_critics(tiny_model, weak_file, tmp_path, priced):
+    recipe = _recipe(tiny_model, {"half": {"frontier-llm": 0.5, "weak": 0.5}}, weak_file)
+    for name in priced:
+        source = data_path(recipe["critique"]["critics"][name]["file"])
+        rows = [json.loads(line) | {"cost": 0.5} for line in source.read_text().splitlines()]
+        write_records(tmp_path / f"{name}-priced.jsonl", rows)
+        recipe["critique"]["critics"][name]["file"] = str(tmp_path / f"{name}-priced.jsonl")
+    results = run_recipe(Recipe.model_validate(recipe), out=tmp_path / "run")
+    every = 2 * 24 * 0.5
+    expected = dict.fromkeys(priced, every) | ({"half": every} if len(priced) == 2 else {})
+    assert results["cost"] == expected
+
+
 @pytest.mark.parametrize(
     ("mixtures", "message"),
     [

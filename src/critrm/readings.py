@@ -116,7 +116,10 @@ def _read(model: RewardModel, pairs: Sequence[EncodedPair], max_tokens_per_step:
     seen: list[torch.Tensor] = []
     # The head is handed the hidden states at the ends, (n_pairs, 2, hidden_size).
     handle = model.head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    advice = "Lower evaluate.max_tokens_per_step, or augment.max_length if it is one pair's."
+    advice = (
+        f"A step held at most {max_tokens_per_step} tokens, or one pair's: lower the length that is read, or "
+        "evaluate.max_tokens_per_step where test pairs are read."
+    )
     try:
         for batch in token_batches(pairs, max_tokens_per_step=max_tokens_per_step):
             with models.quiet(), memory_advice(advice):

@@ -105,7 +105,7 @@ def read_report(folder: str | Path) -> Report:
             "neither study.json nor results.json is there: name a folder that `critrm study` or `critrm run` finished",
             path=str(folder),
         )
-    found = _over_draws(found)
+    found = _over_draws(found, notes)
     benchmarks = {test: _benchmark(found, test) for test in found[0].tests}
     pairs = {test: _common_pairs(found, test, notes) for test in found[0].tests}
     main = {id(cell) for cell in main_cells(found)}
@@ -154,18 +154,22 @@ def _cell(folder: Path, row: Mapping[str, Any]) -> ReportCell:
     )
 
 
-def _over_draws(cells: Sequence[ReportCell]) -> list[ReportCell]:
-    """One cell for those that differ in their draw of training pairs alone; the first draw's where scores are gone."""
+def _over_draws(cells: Sequence[ReportCell], notes: list[str]) -> list[ReportCell]:
+    """One cell for those that differ in their draw of training pairs alone."""
     found: dict[tuple[str, str, int], ReportCell] = {}
     for cell in cells:
-        first = found.setdefault((cell.grid, cell.backbone, cell.n_train), cell)
-        if first is not cell and all(first.scores.values()) and all(cell.scores.values()):
-            scores = {
-                test: {critic: seeds + cell.scores[test][critic] for critic, seeds in arms.items()}
-                for test, arms in first.scores.items()
-            }
-            together = replace(first, scores=scores, n_draws=first.n_draws + 1)
-            found[cell.grid, cell.backbone, cell.n_train] = together
+        key = (cell.grid, cell.backbone, cell.n_train)
+        first = found.setdefault(key, cell)
+        if first is cell:
+            continue
+        if not (all(first.scores.values()) and all(cell.scores.values())):
+            notes.append(f"{cell.folder.name}: its scores are not in the folder, so this draw is left out.")
+            continue
+        scores = {
+            test: {critic: seeds + cell.scores[test][critic] for critic, seeds in arms.items()}
+            for test, arms in first.scores.items()
+        }
+        found[key] = replace(first, scores=scores, n_draws=first.n_draws + 1)
     return list(found.values())
 
 

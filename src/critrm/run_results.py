@@ -64,10 +64,19 @@ def write_results(
 
 
 def _cost(run: Run, critiques: Mapping[str, Sequence[Critique]]) -> dict[str, float]:
-    """US dollars per arm: its critic's ledger, else what its critiques say they cost; none where that is not known."""
-    ledgers = {name: ledger.cost + ledger.cost_cached for name, ledger in run.ledgers.items()}
-    noted = {name: sum(row.cost for row in rows) for name, rows in critiques.items() if name not in ledgers}
-    return {name: round(cost, 6) for name, cost in (ledgers | {n: cost for n, cost in noted.items() if cost}).items()}
+    """US dollars per arm: its critic's ledger, or what a file's rows say they cost; none where that is not known.
+
+    A mixture costs what its critiques do, where that is known of all its critics.
+    """
+    cost = {name: ledger.cost + ledger.cost_cached for name, ledger in run.ledgers.items()}
+    noted = {name: sum(row.cost for row in rows) for name, rows in critiques.items()}
+    for name in run.recipe.critique.critics:
+        if noted[name]:
+            cost.setdefault(name, noted[name])
+    for name, shares in run.recipe.critique.mixtures.items():
+        if set(shares) <= set(cost):
+            cost[name] = noted[name]
+    return {name: round(dollars, 6) for name, dollars in cost.items()}
 
 
 def _zero_label(run: Run, name: str, items: Sequence[CritiquedPair]) -> dict[str, list[Score]]:

@@ -97,6 +97,8 @@ def _estimate_cell(
     """What a cell will take. `read` notes how many pairs of which texts a frozen backbone will have read by then."""
     config = cell.recipe
     pairs = read_pairs(config.preferences.train.path, limit=cell.n_train).pairs
+    # Draws are of the same pairs in another order.
+    every = content_hash(sorted(pair.id for pair in read_pairs(config.preferences.train.path).pairs))
     seeds = config.train.seeds
     tokens = flops_tokens = 0.0
     n_done = 0
@@ -107,7 +109,6 @@ def _estimate_cell(
         critique = _critique_tokens(config.critique, critic) if critic != NO_CRITIC else 0.0
         n_train, n_tests, per_token = cell.n_train * config.train.n_epochs, len(tests), FLOPS_TRAIN
         if config.train.frozen:
-            every = content_hash(sorted(pair.id for pair in read_pairs(config.preferences.train.path).pairs))
             n_train = _not_read_yet(n_train, read, cell.family, critic, every)
             n_tests = _not_read_yet(n_tests, read, cell.family, critic)
             # A mixture's texts are those of its critics, which are arms of the cell as well.

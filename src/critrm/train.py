@@ -317,7 +317,7 @@ def command(
         keep: the last weights, or the best on the held-out pairs.
         frozen: leave the backbone as it is, and fit a head to what it says of each pair: minutes instead of hours.
         lora_rank: train adapters of this rank and the head instead of all parameters.
-        load_in_4bit: hold the backbone in 4 bits under the adapters (QLoRA): a quarter of its memory.
+        load_in_4bit: hold the backbone in 4 bits under the adapters (QLoRA): less memory.
         precision: fp32, bf16 or auto.
         pairs_per_pass: pairs computed at once; memory grows with it, the result does not depend on it.
         gradient_checkpointing: keep fewer activations: less memory, slower, the same result.
