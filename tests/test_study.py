@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +14,18 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from critrm import readings
+from critrm import readings, run_training
 from critrm.config import Recipe, data_path
 from critrm.errors import ConfigError, DataError
 from critrm.preferences import read_pairs
 from critrm.report_data import read_report
 from critrm.report_tables import accuracy_table
+from critrm.reward_model import RewardModel
 from critrm.store import write_records
 from critrm.study import command, n_trained, run_study
 from critrm.study_estimate import estimate_study, n_parameters
 from critrm.study_plan import plan_study
-from critrm.types import NO_CRITIC
+from critrm.types import NO_CRITIC, CritiquedPair
 from report_study import made_study
 
 
@@ -254,6 +256,43 @@ def test_a_grid_can_change_a_setting_and_then_chooses_its_own_rate(tiny_model, t
     cells = plan_study(Recipe.model_validate(_recipe(tiny_model, grids=grids)), out=tmp_path)
     assert {cell.grid: cell.recipe.train.critique_dropout for cell in cells} == {"plain": 0.0, "dropout": 0.2}
     assert len({cell.family for cell in cells}) == 2
+
+
+def test_no_training_is_done_twice_in_a_study(tiny_model, tmp_path, monkeypatch):
+    change = {"train": {"critique_dropout": 0.2, "critique_first": True}}
+    grids = {"plain": {"sizes": [8]}, "changed": {"sizes": [8], "change": change}}
+    recipe = _recipe(tiny_model, grids=grids)
+    recipe["train"] |= {"learning_rates": [1e-5], "n_held_out": 0, "seeds": [0]}
+    recipe = Recipe.model_validate(recipe)
+    trained, train = [], run_training.train_reward_model
+
+    def note_and_train(arm, *args, **settings):
+        trained.append(arm[0].critic)
+        return train(arm, *args, **settings)
+
+    monkeypatch.setattr(run_training, "train_reward_model", note_and_train)
+    planned = estimate_study(recipe, out=tmp_path, tflops=1.0).cells
+    plain, changed = (each.hours for each in planned)
+    rows = run_study(recipe, out=tmp_path)["rows"]
+    # Without critiques the grids differ in nothing.
+    assert trained.count("none") == 1
+    assert trained.count("frontier-llm") == 2
+    assert 0.4 * plain < changed < 0.7 * plain
+    without = {grid: [] for grid in grids}
+    for row in rows:
+        if row["critic"] == NO_CRITIC:
+            without[row["grid"]].append(row | {"grid": ""})
+    assert without["plain"] == without["changed"] != []
+
+    # A copy that was cut off is made again, and a model that was taken over can be used like any other.
+    cells = [tmp_path / name / tiny_model.name / "pairs-8" for name in grids]
+    (cells[1] / "evaluate/none/seed-0/done.json").unlink()
+    shutil.rmtree(cells[1] / "evaluate/none/seed-0/mini")
+    assert run_study(recipe, out=tmp_path)["rows"] == rows
+    assert len(trained) == 3
+    pairs = [CritiquedPair(pair=pair) for pair in read_pairs(data_path("bundled:mini-pairs.jsonl"), limit=4).pairs]
+    first, copied = (RewardModel.load(cell / "train/none/seed-0/model").score(pairs) for cell in cells)
+    assert first == copied
 
 
 def test_a_backbone_is_asked_once_what_it_says_before_any_label(tiny_model, tmp_path):

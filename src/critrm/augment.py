@@ -6,7 +6,7 @@ that cannot be used in one arm is dropped from all of them, and counted by its r
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,23 +148,25 @@ def augment_pairs(
         raise ConfigError(f"a critic cannot be called {NO_CRITIC!r}: that is the No-Critiques arm")
     refuse_same_folders(critiques)
     dropped: dict[str, str] = {}
-    arms: dict[str, dict[str, CritiquedPair]] = {NO_CRITIC: {pair.id: CritiquedPair(pair=pair) for pair in pairs}}
+    joined: dict[str, list[CritiquedPair | None]] = {}
     for critic, rows in critiques.items():
         rows = [row for row in rows if row.sample == sample]
         if consistent_only:
             for pair_id in find_contradictions(pairs, rows, split="train"):
                 dropped.setdefault(pair_id, f"critique by {critic} contradicts the label")
-        arms[critic] = _join(pairs, critic, usable_critiques(pairs, rows, drop, strip_scores), dropped)
+        joined[critic] = _join(pairs, critic, usable_critiques(pairs, rows, drop, strip_scores), dropped)
     trimmed: dict[str, dict[str, int]] = {}
     if encode is not None:
-        for critic, arm in arms.items():
-            trimmed[critic] = _measure(arm, encode, budget or Budget(), dropped)
-    kept = [pair.id for pair in pairs if pair.id not in dropped]
-    if not kept:
+        plain = (CritiquedPair(pair=pair) for pair in pairs)
+        trimmed[NO_CRITIC] = _measure(plain, encode, budget or Budget(), dropped)
+        for critic, arm in joined.items():
+            trimmed[critic] = _measure(filter(None, arm), encode, budget or Budget(), dropped)
+    arms = {NO_CRITIC: tuple(CritiquedPair(pair=pair) for pair in pairs if pair.id not in dropped)}
+    if not arms[NO_CRITIC]:
         raise DataError(f"no pair is left of {len(pairs)}: {dict(Counter(dropped.values()))}")
-    return Augmented(
-        {critic: tuple(arm[pair_id] for pair_id in kept) for critic, arm in arms.items()}, dropped, trimmed
-    )
+    for critic, arm in joined.items():
+        arms[critic] = tuple(item for item in arm if item and item.pair.id not in dropped)
+    return Augmented(arms, dropped, trimmed)
 
 
 def usable_critiques(
@@ -178,25 +180,27 @@ def usable_critiques(
 
 def _join(
     pairs: Sequence[PreferencePair], critic: str, rows: Sequence[Critique], dropped: dict[str, str]
-) -> dict[str, CritiquedPair]:
+) -> list[CritiquedPair | None]:
+    """The pairs in their order with their critiques, None where one is missing: `dropped` learns why."""
     texts: dict[Side, dict[str, str]] = {side: {} for side in SIDES}
     for row in rows:
         if not row.failure and row.text.strip():
             texts[row.side][row.pair_id] = row.text
     failures = {(row.pair_id, row.side): row.failure for row in rows if row.failure}
-    arm = {}
+    arm: list[CritiquedPair | None] = []
     for pair in pairs:
         found = [texts[side].get(pair.id, "") for side in SIDES]
         if all(found):
-            arm[pair.id] = CritiquedPair(pair=pair, critic=critic, chosen_critique=found[0], rejected_critique=found[1])
+            arm.append(CritiquedPair(pair=pair, critic=critic, chosen_critique=found[0], rejected_critique=found[1]))
             continue
+        arm.append(None)
         reason = f"no critique by {critic} of " + ("one side" if any(found) else "both sides")
         failure = next((failures[pair.id, side] for side in SIDES if (pair.id, side) in failures), "")
         if failure:
             # By kind: "http 500: ..." differs from row to row.
             reason = f"critique by {critic}: " + failure.removeprefix("quality: ").partition(":")[0]
         dropped.setdefault(pair.id, reason)
-    if not arm:
+    if not any(arm):
         raise DataError(
             f"the critiques by {critic!r} cover none of the {len(pairs)} pairs on both sides: "
             f"{dict(Counter(dropped.values()))} "
@@ -207,13 +211,13 @@ def _join(
 
 
 def _measure(
-    arm: Mapping[str, CritiquedPair], encode: Callable[[str], Tokens], budget: Budget, dropped: dict[str, str]
+    arm: Iterable[CritiquedPair], encode: Callable[[str], Tokens], budget: Budget, dropped: dict[str, str]
 ) -> dict[str, int]:
     n_trimmed = Counter({"prompt": 0, "completion": 0, "critique": 0})
-    for pair_id, item in arm.items():
+    for item in arm:
         segments = segment_pair(item, encode, budget)
         if segments.completions[0] == segments.completions[1]:
-            dropped.setdefault(pair_id, "completions identical within the token budget")
+            dropped.setdefault(item.pair.id, "completions identical within the token budget")
         for name, n_cut in zip(("prompt", "completion", "critique"), segments.n_cut, strict=True):
             n_trimmed[name] += n_cut > 0
     return dict(n_trimmed)

@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from critrm.errors import ConfigError
-from critrm.types import RATINGS
+from critrm.types import NO_CRITIC, RATINGS
 
 BUNDLED = "bundled:"
 """Prefix of a path to a data file or recipe that the package carries."""
@@ -220,6 +220,13 @@ class TrainConfig(Section):
     """Least time between two checkpoints; 0 writes one after every step."""
     report_to: tuple[str, ...] = ()
     """Loggers of transformers' Trainer: tensorboard, wandb, ..."""
+
+    def of_arm(self, critic: str) -> "TrainConfig":
+        """The settings of one arm: those about critiques are at their defaults where there are none."""
+        if critic != NO_CRITIC:
+            return self
+        about_critiques = ("lm_weight", "critique_dropout", "critique_first")
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in about_critiques})
 
     @model_validator(mode="after")
     def _held_out_for_sweep(self) -> "TrainConfig":

@@ -79,7 +79,7 @@ def share_run(
     *,
     out: str | Path,
     learning_rates: Mapping[str, float] | None = None,
-    readings: Path | None = None,
+    study: Path | None = None,
     wait: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any] | None:
@@ -89,7 +89,7 @@ def share_run(
         recipe: the stages' settings.
         out: the run's folder.
         learning_rates: arm -> learning rate; where given, none is chosen.
-        readings: where what a frozen backbone reads is kept, for other runs too; in the run's folder when None.
+        study: the folder of the study that the run is a cell of; what other cells have done is not done again.
         wait: for the others.
         console: where progress is shown; nowhere when None.
 
@@ -97,7 +97,7 @@ def share_run(
         CritrmError: as `run_recipe` says.
     """
     out, started = Path(out), time.time()
-    run = Run(recipe, out, console or Console(quiet=True), readings or out / "readings")
+    run = Run(recipe, out, console or Console(quiet=True), study)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # What is wrong with the recipe is said before anything is written.
     critics, sets = complete_critics(recipe.critique, backbone=recipe.train.backbone), _read_sets(recipe)

@@ -1,6 +1,7 @@
 """The trainings of a run: each arm with each seed trained and evaluated, shared out among processes."""
 
 import functools
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from critrm.evaluate import evaluate
 from critrm.readings import FrozenRewardModel, Readings
 from critrm.reward_model import RewardModel
 from critrm.runs import TRAIN, Run, Sets
-from critrm.store import content_hash, file_name, mark_stage_done, stage_is_done
+from critrm.store import content_hash, disk_errors, file_name, mark_stage_done, stage_is_done, write_text
 from critrm.sweep import choose_learning_rate, split_held_out
 from critrm.train import run_facts, train_reward_model
 from critrm.types import Critique, CritiquedPair, PreferencePair
@@ -88,7 +89,7 @@ def _train_and_evaluate(
     rate: float,
 ) -> None:
     folder = run.out / "evaluate" / file_name(critic) / f"seed-{seed}"
-    config = run.recipe.train
+    config = run.recipe.train.of_arm(critic)
     facts = run_facts(config, seed=seed, rate=rate, max_length=run.recipe.augment.max_length)
     arm: Sequence[CritiquedPair] = augmented[TRAIN].arms[critic]
     held_out: Sequence[CritiquedPair] = ()
@@ -100,7 +101,7 @@ def _train_and_evaluate(
     samples = _samples(run, sets, critiques.get(critic, ()))
     averaged = [sorted((*place, texts) for place, texts in samples.items())] if samples else []
     fingerprint = content_hash(facts, data, benchmarks, *averaged)
-    if stage_is_done(folder, fingerprint):
+    if stage_is_done(folder, fingerprint) or _taken_over(run, folder, fingerprint):
         return
     # From here on the folder holds another run's results in part.
     (folder / "done.json").unlink(missing_ok=True)
@@ -131,6 +132,32 @@ def _train_and_evaluate(
                 console=run.console,
             )
     mark_stage_done(folder, fingerprint, n_train_tokens=result.n_tokens, train_loss=result.loss, notes=result.notes)
+
+
+def _taken_over(run: Run, folder: Path, fingerprint: str) -> bool:
+    """Whether another cell of the study has trained and evaluated the very same; its folders are copied then.
+
+    Where grids change what only critiques have, their arms without critiques are one and the same.
+    """
+    if run.study is None:
+        return False
+    arm = folder.relative_to(run.out / "evaluate")
+    not_work = shutil.ignore_patterns("done.json", ".claim")
+    for marker in run.study.glob(f"*/*/*/evaluate/{arm}/done.json"):
+        cell = marker.parents[3]
+        if cell == run.out or not stage_is_done(marker.parent, fingerprint):
+            continue
+        shutil.rmtree(run.out / TRAIN / arm, ignore_errors=True)
+        (folder / "done.json").unlink(missing_ok=True)
+        for stage in (TRAIN, "evaluate"):
+            source, target = cell / stage / arm, run.out / stage / arm
+            with disk_errors(target):
+                shutil.copytree(source, target, ignore=not_work, dirs_exist_ok=True)
+            # Last, as the process may be killed in between.
+            write_text(target / "done.json", (source / "done.json").read_text(encoding="utf-8"))
+        run.console.print(f"taken over from {cell.relative_to(run.study)}: {arm}", highlight=False, markup=False)
+        return True
+    return False
 
 
 def _load(run: Run, folder: Path, samples: Samples) -> RewardModel | SampleAveraged:

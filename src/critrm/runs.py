@@ -31,10 +31,15 @@ class Run:
     recipe: Recipe
     out: Path
     console: Console
-    readings: Path
-    """Where what a frozen backbone reads is kept; runs that share it read no pair twice."""
+    study: Path | None = None
+    """The folder of the study that the run is a cell of."""
     ledgers: dict[str, Ledger] = field(default_factory=dict)
     """What each critic's calls came to in this attempt."""
+
+    @property
+    def readings(self) -> Path:
+        """Where what a frozen backbone reads is kept: the cells of a study share it, and read no pair twice."""
+        return (self.study or self.out) / "readings"
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -53,7 +53,7 @@ def run_study(recipe: Recipe, *, out: str | Path, console: Console | None = None
             if cell.folder in done or rates is None:
                 continue
             console.rule(f"{number} of {len(cells)}: {cell.grid}, {cell.n_train} pairs, {cell.backbone}")
-            shared: dict[str, Any] = {"learning_rates": rates, "readings": out / "readings"}
+            shared: dict[str, Any] = {"learning_rates": rates, "study": out}
             results = share_run(cell.recipe, out=cell.folder, **shared, wait=False, console=console)
             if results is not None:
                 done[cell.folder] = results

@@ -76,12 +76,13 @@ def estimate_study(recipe: Recipe, *, out: str | Path, tflops: float | None = No
         for backbone in {cell.backbone for cell in cells}
     }
     read: dict[tuple[str, ...], int] = {}
-    found = [_estimate_cell(cell, tests, read, n_parameters=sizes[cell.backbone], rate=rate) for cell in cells]
+    trained: set[str] = set()
+    found = [_estimate_cell(cell, tests, read, trained, n_parameters=sizes[cell.backbone], rate=rate) for cell in cells]
     source = "given" if tflops else "measured here"
     return StudyEstimate(
         cells=tuple(found),
         critics=tuple(_critics(recipe, cells, tests)),
-        basis=f"{rate / 1e12:.2f} TFLOP/s: {UTILISATION:.0%} of the {source} matrix product rate; learning-rate trials "
+        basis=f"{rate / 1e12:.2f} TFLOP/s: {UTILISATION:.0%} of the matrix product rate {source}; learning-rate trials "
         "and the critics' own time are not in it",
     )
 
@@ -90,11 +91,16 @@ def _estimate_cell(
     cell: Cell,
     tests: Sequence[PreferencePair],
     read: dict[tuple[str, ...], int],
+    trained: set[str],
     *,
     n_parameters: float | None,
     rate: float,
 ) -> CellEstimate:
-    """What a cell will take. `read` notes how many pairs of which texts a frozen backbone will have read by then."""
+    """What a cell will take.
+
+    `read` notes how many pairs of which texts a frozen backbone will have read by then, `trained` the arms without
+    critiques that other cells will have trained.
+    """
     config = cell.recipe
     pairs = read_pairs(config.preferences.train.path, limit=cell.n_train).pairs
     # Draws are of the same pairs in another order.
@@ -106,6 +112,11 @@ def _estimate_cell(
         marks = cell.folder / "evaluate" / file_name(critic)
         left = sum(not (marks / f"seed-{seed}" / "done.json").is_file() for seed in seeds)
         n_done += len(seeds) - left
+        if critic == NO_CRITIC:
+            settings = config.train.of_arm(critic), config.augment, config.preferences.test
+            same = content_hash([pair.id for pair in pairs], *settings)
+            left *= same not in trained
+            trained.add(same)
         critique = _critique_tokens(config.critique, critic) if critic != NO_CRITIC else 0.0
         n_train, n_tests, per_token = cell.n_train * config.train.n_epochs, len(tests), FLOPS_TRAIN
         if config.train.frozen:
