@@ -384,22 +384,26 @@ def _flags(arguments: argparse.Namespace) -> list[str]:
 
 def show(rows: dict[str, Any]) -> None:
     """The rows as a table."""
+    from rich import box
     from rich.console import Console
     from rich.table import Column, Table
 
-    names = ("pairs/s", "share", "p50 ms", "p99 ms", "answers", "wrong", "lost", "refused", "MB", "growth")
-    table = Table("side, clients", *(Column(name, justify="right") for name in names))
+    names = ("pairs\n/s", "share", "p50\ns", "p99\ns", "an-\nswers", "wrong, lost,\nrefused", "MB", "MB\ngrown")
+    columns = [Column("side, clients"), *(Column(name, justify="right") for name in names)]
+    for column in columns:
+        column.no_wrap = True
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     base = rows["offline"]["pairs_per_second"]
     for name, row in rows.items():
         rate = row["pairs_per_second"]
         cells = [f"{rate:,.1f}", f"{rate / base:.0%}"]
         if len(row) > 1:
-            cells += [f"{row['p50_ms']:,.0f}", f"{row['p99_ms']:,.0f}"]
-            cells += [f"{row[key]:,}" for key in ("answers", "wrong", "lost", "refused")]
+            cells += [f"{row[key] / 1000:.3g}" for key in ("p50_ms", "p99_ms")]
+            cells += [f"{row['answers']:,}", f"{row['wrong']}, {row['lost']}, {row['refused']}"]
             cells += [f"{row['memory_mb']:,.0f}", f"{row['memory_growth_mb']:+,.0f}"]
         table.add_row(name, *cells)
     Console().print(table)
-    Console().print("share: of offline throughput. growth: of memory from the load's first half to its second, MB.")
+    Console().print("share: of offline throughput. grown: from the load's first half to its second.")
 
 
 def arguments_of(words: list[str] | None = None) -> argparse.Namespace:

@@ -250,8 +250,8 @@ def estimates_table(estimates: Sequence[Estimate], *, limit: float | None = None
     table = Table(title="Nothing is spent yet", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.caption, table.caption_justify = Text("\n".join(lines)), "left"
     table.add_column("critic", overflow="fold")
-    for title in ("calls", "cached", "tokens in", "tokens out", "at most", "paid", "cost", "at most"):
-        table.add_column(title, justify="right")
+    for title in ("calls", "cached", "tokens\nin", "tokens\nout", "at\nmost", "paid", "cost", "at\nmost"):
+        table.add_column(title, justify="right", no_wrap=True)  # a number is never cut short; names fold
     numbers = [_numbers(row) for row in estimates]
     for row, cells in zip(estimates, numbers, strict=True):
         table.add_row(Text(row.critic), *_cells(cells))

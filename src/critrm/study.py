@@ -28,7 +28,7 @@ from critrm.study_results import exchange_table, study_results, write_study
 from critrm.work_sharing import POLL_SECONDS, claim
 
 SECONDS_TO_LOOK_AGAIN = 30.0
-"""So often a process that waits for others looks whether one of them was killed and has left something to do."""
+"""So often, or seldomer, a process that waits for others looks whether one was killed and has left something to do."""
 
 
 def run_study(recipe: Recipe, *, out: str | Path, console: Console | None = None) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def run_study(recipe: Recipe, *, out: str | Path, console: Console | None = None
         cells = plan_study(recipe, out=out)
     done: dict[Path, dict[str, Any]] = {}
     while len(done) < len(cells):
-        before = len(done)
+        before, started = len(done), time.monotonic()
         for number, cell in enumerate(cells, 1):
             rates = _family_rates(cell, cells)
             if cell.folder in done or rates is None:
@@ -58,21 +58,25 @@ def run_study(recipe: Recipe, *, out: str | Path, console: Console | None = None
             if results is not None:
                 done[cell.folder] = results
         if len(done) == before:
-            _wait_for_others(cells)
+            _wait_for_others(cells, look_seconds=time.monotonic() - started)
     with claim(out, wait=True):
         found = study_results(recipe, cells)
         write_study(out, found)
     return found
 
 
-def _wait_for_others(cells: Sequence[Cell]) -> None:
-    """Until another process has got further, or may have been killed: looking again reads all pairs again."""
+def _wait_for_others(cells: Sequence[Cell], *, look_seconds: float) -> None:
+    """Until another process has got further, or may have been killed.
+
+    Looking again reads all pairs again: of a core that others could use it takes a tenth at most.
+    """
 
     def progress() -> int:
         return sum(n_trained(cell) + (cell.folder / LEARNING_RATES).is_file() for cell in cells)
 
     before, started = progress(), time.monotonic()
-    while progress() == before and time.monotonic() - started < SECONDS_TO_LOOK_AGAIN:
+    patience = max(SECONDS_TO_LOOK_AGAIN, 10 * look_seconds)
+    while progress() == before and time.monotonic() - started < patience:
         time.sleep(POLL_SECONDS)
 
 

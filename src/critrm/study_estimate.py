@@ -237,19 +237,24 @@ def _scaled(row: Estimate, factor: float) -> Estimate:
 
 def estimate_tables(found: StudyEstimate, *, workers: int = 1) -> list[Table]:
     """The plan for the terminal: its cells, and what the critics cost."""
-    table = Table(title="Nothing is run yet", box=box.SIMPLE_HEAD, pad_edge=False)
+    names = {each.cell.backbone: each.cell.backbone.rsplit("/", 1)[-1] for each in found.cells}
+    only = next(iter(names.values())) if len(names) == 1 else ""
+    title = Text("Nothing is run yet" + (f"; backbone {only}" if only else ""))
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     known = [each.hours for each in found.cells if each.hours is not None]
     total = f"{_hours(sum(known))} of one worker" + (
         f", about {_hours(sum(known) / workers)} with {workers}" if workers > 1 else ""
     )
     unknown = "" if len(known) == len(found.cells) else " without the backbones whose size is not known (?)"
     table.caption, table.caption_justify = Text(f"In all {total}{unknown}, at {found.basis}."), "left"
-    for title in ("grid", "backbone", "pairs", "arms", "trainings", "done", "tokens", "hours"):
-        table.add_column(title, justify="left" if title in ("grid", "backbone") else "right", overflow="fold")
+    for name in ("grid", *(() if only else ("backbone",))):
+        table.add_column(name, overflow="fold")
+    for name in ("pairs", "arms", "trainings", "done", "tokens", "hours"):
+        table.add_column(name, justify="right")
     for each in found.cells:
         table.add_row(
             Text(each.cell.grid + (f", draw {each.cell.draw + 1}" if each.cell.draw else "")),
-            Text(each.cell.backbone.rsplit("/", 1)[-1]),
+            *(() if only else (Text(names[each.cell.backbone]),)),
             f"{each.cell.n_train:,}",
             str(each.n_arms),
             str(each.n_trainings),
