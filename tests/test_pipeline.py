@@ -12,8 +12,9 @@ import yaml
 
 from critrm.config import Recipe, load_recipe
 from critrm.errors import ConfigError, CriticError, DataError, ModelError
-from critrm.pipeline import command, run_recipe
+from critrm.pipeline import command, run_recipe, share_run
 from critrm.types import NO_CRITIC
+from critrm.work_sharing import claim
 from scripted_server import completion, serving
 
 
@@ -57,6 +58,10 @@ def test_three_arms_over_identical_pairs_and_a_second_run_does_nothing(tiny_mode
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["config"]["name"] == "small"
     assert "frontier-llm" in (tmp_path / "results.md").read_text()
+    # Who does not want to wait for another process that puts the results together is sent away.
+    with claim(tmp_path / ".results"):
+        assert share_run(recipe, out=tmp_path, wait=False) is None
+    assert share_run(recipe, out=tmp_path, wait=False)["tests"] == results["tests"]
 
 
 def test_the_learning_rate_is_chosen_once_per_arm_on_held_out_pairs(tiny_model, tmp_path):

@@ -83,7 +83,7 @@ def share_run(
     wait: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any] | None:
-    """Do what other processes leave of a recipe's run, and return its results; None while others still train.
+    """Do what other processes leave of a recipe's run, and return its results; None while others are at it.
 
     Args:
         recipe: the stages' settings.
@@ -107,7 +107,10 @@ def share_run(
     write_text(run.out / LEARNING_RATES, json.dumps(rates, indent=2) + "\n")
     if not train_and_evaluate_all(run, sets, augmented, critiques, rates, wait=wait):
         return None
-    with claim(run.out, wait=True):
+    # A claim of its own, not waited for: what the untrained backbone says is read here, which takes long.
+    with claim(run.out / ".results", wait=wait) as is_mine:
+        if not is_mine:
+            return None
         results = write_results(run, augmented, critiques, rates)
     inputs = [data_path(source.path) for source in _sources(recipe).values()]
     write_manifest(
