@@ -71,8 +71,10 @@ def _wait_for_others(cells: Sequence[Cell], *, look_seconds: float) -> None:
     Looking again reads all pairs again: of a core that others could use it takes a tenth at most.
     """
 
-    def progress() -> int:
-        return sum(n_trained(cell) + (cell.folder / LEARNING_RATES).is_file() for cell in cells)
+    def progress() -> list[int]:
+        found = [n_trained(cell) + (cell.folder / LEARNING_RATES).is_file() for cell in cells]
+        results = (cell.folder / "results.json" for cell in cells)
+        return found + [path.stat().st_mtime_ns for path in results if path.is_file()]
 
     before, started = progress(), time.monotonic()
     patience = max(SECONDS_TO_LOOK_AGAIN, 10 * look_seconds)
