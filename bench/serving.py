@@ -389,10 +389,9 @@ def show(rows: dict[str, Any]) -> None:
     from rich.table import Column, Table
 
     names = ("pairs\n/s", "share", "p50\ns", "p99\ns", "an-\nswers", "wrong, lost,\nrefused", "MB", "MB\ngrown")
-    columns = [Column("side, clients"), *(Column(name, justify="right") for name in names)]
-    for column in columns:
-        column.no_wrap = True
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    numbers = (Column(name, justify="right", no_wrap=True) for name in names)
+    side = Column("side, clients", no_wrap=True)
+    table = Table(side, *numbers, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     base = rows["offline"]["pairs_per_second"]
     for name, row in rows.items():
         rate = row["pairs_per_second"]

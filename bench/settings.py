@@ -1,11 +1,11 @@
-"""What a changed setting does: two grids of a study on the same test pairs, paired pair by pair.
+"""What a changed setting does: grids of a study, each arm with itself, on the same test pairs.
 
-    python bench/settings.py runs/beyond --base as-in-the-paper --out settings.json
-    python bench/settings.py runs/frozen --base mixtures --grids critique-first dropout consistent-labels
+    python bench/settings.py studies/beyond --base as-in-the-paper --out settings.json
+    python bench/settings.py studies/frozen --base mixtures --grids critique-first dropout consistent-labels
 
-`critrm study` compares arms within a run; this compares the same arm between runs of other settings: for each test set
-and section, accuracy with both, the difference with its 95 % bootstrap interval over pairs and seeds, and p (exact
-McNemar for one seed). Only the first draw of the largest size of each grid is compared.
+`critrm study` compares arms with one setting; this compares the settings. For each arm, test set and group of pairs:
+accuracy with both, the difference with its 95 % bootstrap interval over pairs and runs (seeds and draws), and p (exact
+McNemar for one run each). Of each grid its largest size is compared.
 """
 
 import argparse
@@ -14,75 +14,53 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from critrm.benchmarks import find_benchmark
 from critrm.metrics import correctness, paired_difference
-from critrm.store import read_rows
-from critrm.types import Outcome
-
-Runs = list[list[float]]
+from critrm.report_data import Report, ReportCell, read_report
+from critrm.results import groups_of
 
 
-def cell(study: Path, grid: str) -> Path:
-    """The folder of a grid's first draw of its largest size."""
-    cells = {
-        int(path.name.removeprefix("pairs-")): path
-        for path in study.glob(f"{grid}/*/pairs-*")
-        if "draw" not in path.name
-    }
-    if not cells:
-        raise SystemExit(f"{study} has no run of a grid {grid!r}")
-    return cells[max(cells)]
+def compare(report: Report, base: ReportCell, changed: ReportCell) -> list[dict[str, Any]]:
+    """One row for each arm that both have, each test set and each of its groups."""
+    rows = []
+    for test, pairs in report.pairs.items():
+        for arm in (arm for arm in base.scores[test] if arm in changed.scores[test]):
+            for group, (_, ids) in groups_of(pairs, report.benchmarks[test]).items():
+                before, after = (
+                    [correctness(scores[pair_id].outcome for pair_id in ids) for scores in cell.scores[test][arm]]
+                    for cell in (base, changed)
+                )
+                found = paired_difference(after, before)
+                assert found is not None  # a reward model scores every pair
+                means = {"base": _mean(before), "changed": _mean(after)}
+                rows.append({"setting": changed.grid, "arm": arm, "test": test, "group": group} | means | asdict(found))
+    return rows
 
 
-def correct(folder: Path, arm: str) -> dict[tuple[str, str], Runs]:
-    """(test set, its section, or "all") -> whether each pair was right, one row per seed, in the order of pair ids."""
-    found: dict[tuple[str, str], Runs] = {}
-    for path in sorted(folder.glob(f"evaluate/{arm}/seed-*/*/*.scores.jsonl")):
-        rows = sorted((row for _, row in read_rows(path)), key=lambda row: row["pair_id"])
-        sections = find_benchmark(path.name.removesuffix(".scores.jsonl")).sections
-        groups = {"all": rows} | {
-            name: inside
-            for name, subsets in sections.items()
-            if (inside := [r for r in rows if r["subset"] in subsets])
-        }
-        for name, inside in groups.items():
-            right = correctness(Outcome(row["outcome"]) for row in inside)
-            found.setdefault((path.parent.name, name), []).append(right)
-    return found
+def _mean(runs: list[list[float]]) -> float:
+    return sum(map(sum, runs)) / sum(map(len, runs))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
+    parser.add_argument("study", type=Path, help="the folder of a finished study")
     parser.add_argument("--base", required=True, help="the grid that the others are compared with")
     parser.add_argument("--grids", nargs="*", default=[], help="the others; all of the study when none is given")
-    parser.add_argument("--arm", default="frontier-llm")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="where the numbers go, as JSON")
     arguments = parser.parse_args()
-    study, base = arguments.study, arguments.base
-    others = [path.parents[1].name for path in sorted(study.glob("*/*/pairs-*")) if path.parents[1].name != base]
-    reference = correct(cell(study, base), arguments.arm)
-    rows: list[dict[str, Any]] = []
-    print("| setting | test | section | base | changed | difference | p |")
-    print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
-    for grid in arguments.grids or dict.fromkeys(others):
-        changed = correct(cell(study, grid), arguments.arm)
-        for (test, section), runs in reference.items():
-            found = paired_difference(changed[test, section], runs)
-            if found is None:
-                continue
-            means = [sum(map(sum, each)) / sum(map(len, each)) for each in (runs, changed[test, section])]
-            rows.append(
-                {"setting": grid, "test": test, "section": section, "base": means[0], "changed": means[1]}
-                | asdict(found)
-            )
-            interval = f"{found.value:+.3f} [{found.low:+.2f}, {found.high:+.2f}]"
-            print(
-                f"| {grid} | {test} | {section} | {means[0]:.3f} | {means[1]:.3f} | {interval} | {found.p_value:.2g} |"
-            )
+    report = read_report(arguments.study)
+    largest = {cell.grid: cell for cell in sorted(report.cells, key=lambda cell: cell.n_train)}
+    if unknown := {arguments.base, *arguments.grids} - set(largest):
+        raise SystemExit(f"{arguments.study} has no grid {', '.join(sorted(unknown))}; it has {', '.join(largest)}")
+    grids = arguments.grids or [grid for grid in largest if grid != arguments.base]
+    rows = [row for grid in grids for row in compare(report, largest[arguments.base], largest[grid])]
+    print("| setting | arm | test | group | base | changed | difference | p |")
+    print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        names = " | ".join(row[key] for key in ("setting", "arm", "test", "group"))
+        difference = f"{row['value']:+.3f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        print(f"| {names} | {row['base']:.3f} | {row['changed']:.3f} | {difference} | {row['p_value']:.2g} |")
     if arguments.out:
-        facts = {"base": base, "arm": arguments.arm, "rows": rows}
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({"base": arguments.base, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -157,10 +157,10 @@ def augment_pairs(
         joined[critic] = _join(pairs, critic, usable_critiques(pairs, rows, drop, strip_scores), dropped)
     trimmed: dict[str, dict[str, int]] = {}
     if encode is not None:
-        plain = (CritiquedPair(pair=pair) for pair in pairs)
-        trimmed[NO_CRITIC] = _measure(plain, encode, budget or Budget(), dropped)
+        budget = budget or Budget()
+        trimmed[NO_CRITIC] = _measure((CritiquedPair(pair=pair) for pair in pairs), encode, budget, dropped)
         for critic, arm in joined.items():
-            trimmed[critic] = _measure(filter(None, arm), encode, budget or Budget(), dropped)
+            trimmed[critic] = _measure(filter(None, arm), encode, budget, dropped)
     arms = {NO_CRITIC: tuple(CritiquedPair(pair=pair) for pair in pairs if pair.id not in dropped)}
     if not arms[NO_CRITIC]:
         raise DataError(f"no pair is left of {len(pairs)}: {dict(Counter(dropped.values()))}")

@@ -28,7 +28,7 @@ from critrm.study_results import exchange_table, study_results, write_study
 from critrm.work_sharing import POLL_SECONDS, claim
 
 SECONDS_TO_LOOK_AGAIN = 30.0
-"""So often, or seldomer, a process that waits for others looks whether one was killed and has left something to do."""
+"""At most so often a process that waits for others looks whether one was killed and has left something to do."""
 
 
 def run_study(recipe: Recipe, *, out: str | Path, console: Console | None = None) -> dict[str, Any]:

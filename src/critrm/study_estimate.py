@@ -102,9 +102,10 @@ def _estimate_cell(
     critiques that other cells will have trained.
     """
     config = cell.recipe
-    pairs = read_pairs(config.preferences.train.path, limit=cell.n_train).pairs
+    drawn_from = read_pairs(config.preferences.train.path).pairs
+    pairs = drawn_from[: cell.n_train]
     # Draws are of the same pairs in another order.
-    every = content_hash(sorted(pair.id for pair in read_pairs(config.preferences.train.path).pairs))
+    every = content_hash(sorted(pair.id for pair in drawn_from))
     seeds = config.train.seeds
     tokens = flops_tokens = 0.0
     n_done = 0
