@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from critrm.config import Recipe, load_recipe
+from critrm.config import Recipe, data_path, load_recipe
 from critrm.errors import ConfigError, CriticError, DataError, ModelError
 from critrm.pipeline import command, run_recipe, share_run
 from critrm.types import NO_CRITIC
@@ -126,10 +126,35 @@ def test_null_baselines_stand_beside_the_arms(tiny_model, tmp_path):
     assert {name for name in nulls[NO_CRITIC] if "untrained" in name} == {"untrained, whole text"}
     assert "untrained, critique alone" in nulls["frontier-llm"] and "untrained, critique alone" in table
     assert "zero-label frontier-llm" in results["seconds"]
+    blends = results["tests"]["mini"]["all"]["blends"]
+    assert {reading: list(found) for reading, found in blends.items()} == {
+        "untrained, whole text": [NO_CRITIC, "frontier-llm"],
+        "critic's own score": ["frontier-llm"],
+    }
+    # The critic is right about nearly all of these pairs, and the tiny model about half of them.
+    arm = results["tests"]["mini"]["all"]["arms"]["frontier-llm"]["mean"]
+    assert arm < blends["critic's own score"]["frontier-llm"]["mean"]
     kept = tmp_path / "zero-label" / "frontier-llm" / "mini.jsonl"
     stamp = kept.stat().st_mtime_ns
     assert run_recipe(Recipe.model_validate(recipe), out=tmp_path)["tests"] == results["tests"]
     assert kept.stat().st_mtime_ns == stamp, "it is not asked twice"
+
+
+def test_a_critic_that_left_out_a_score_is_not_blended(tiny_model, tmp_path):
+    rows = [json.loads(line) for line in data_path("bundled:mini-frontier-llm.jsonl").read_text().splitlines()]
+    recipe = _recipe(tiny_model)
+    recipe["evaluate"] = {"zero_label": False}
+    test = run_recipe(Recipe.model_validate(recipe | {"critique": {"critics": {}}}), out=tmp_path / "plain")
+    assert test["tests"]["mini"]["all"]["blends"] == {"untrained, whole text": {}, "critic's own score": {}}
+    for row in rows:
+        if row["pair_id"].endswith("3"):
+            del row["score"]
+    critiques = tmp_path / "critiques.jsonl"
+    critiques.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe["critique"]["critics"] = {"forgetful": {"file": str(critiques)}}
+    mini = run_recipe(Recipe.model_validate(recipe), out=tmp_path / "run")["tests"]["mini"]["all"]
+    assert 0 < mini["baselines"]["forgetful"]["critic's own score"]["n_unscored"] < mini["n"]
+    assert mini["blends"]["critic's own score"] == {}
 
 
 def test_a_backbone_that_cannot_be_asked_costs_a_row_of_the_table(tiny_model, tmp_path, monkeypatch):

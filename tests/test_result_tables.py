@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from critrm.baselines import CRITIQUES_ONLY, LEAKED, LONGER
-from critrm.result_tables import baselines_table, costs_table, results_markdown, results_table
+from critrm.baselines import CRITIQUES_ONLY, LEAKED, LONGER, OWN_SCORE, UNTRAINED_WHOLE
+from critrm.result_tables import baselines_table, blends_table, costs_table, results_markdown, results_table
 from critrm.results import compare_arms
 from critrm.types import NO_CRITIC, Message, Outcome, PreferencePair, Score
 
@@ -38,12 +38,13 @@ def results():
             LEAKED: [Outcome.UNSCORED] * 40,
         },
     }
+    blends = {UNTRAINED_WHOLE: {}, OWN_SCORE: {"c[/x]": [_scores(pairs, 30)]}}
     return {
         "n_train": 7,
         "seeds": [0],
         "backbone": "b",
         "learning_rates": {NO_CRITIC: 8e-5, "c[/x]": 5e-5},
-        "tests": {"mini": compare_arms(pairs, arms, baselines=nulls)},
+        "tests": {"mini": compare_arms(pairs, arms, baselines=nulls, blends=blends)},
         "seconds": {"critique c[/x]": 12.0, "train c[/x]": 30.0},
         "tokens": {"c[/x]": {"critic_read": 1234, "critic_wrote": 56, "train": 789}},
     }
@@ -80,6 +81,14 @@ def test_without_baselines_there_is_no_table(results):
     assert "null" not in results_markdown(results | {"tests": {"mini": groups}}).lower()
 
 
+def test_a_blend_is_shown_with_its_reading_where_there_is_one(results):
+    text = " ".join(shown(blends_table(results)).split())
+    assert f"mini, with {OWN_SCORE}" in text and "c[/x] 0.750 [.60, .86] +0.200 [" in text
+    assert UNTRAINED_WHOLE not in text, "nothing was blended with it"
+    without = {label: {**group, "blends": {OWN_SCORE: {}}} for label, group in results["tests"]["mini"].items()}
+    assert blends_table(results | {"tests": {"mini": without}}) is None
+
+
 def test_what_it_took(results):
     text = shown(costs_table(results))
     assert "1,234" in text and "789" in text
@@ -88,6 +97,9 @@ def test_what_it_took(results):
 def test_markdown_has_both_tables(results):
     markdown = results_markdown(results)
     assert markdown.count("| mini |") == 2
+    assert (
+        f"| {OWN_SCORE} |  |" in markdown and "&nbsp;&nbsp;mini | - | - | - | 0.750 [.60, .86] | +0.200 [" in markdown
+    )
     assert "+0.300 [" in markdown, "the arm against no critiques"
     assert f"&nbsp;&nbsp;{CRITIQUES_ONLY} | - | - | - | 0.750 [.60, .86] | -0.200 [" in markdown
     assert f"- mini: c[/x] (0.550) does not beat {CRITIQUES_ONLY}" in markdown

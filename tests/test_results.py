@@ -64,7 +64,7 @@ def test_identical_completions_tie_in_a_blend_and_what_is_unscored_stays_so():
 def test_a_blend_is_compared_with_its_own_arm():
     pairs = _pairs(["x"] * 4)
     arm, other = _scores(pairs, {0, 1}), _scores(pairs, {0, 1, 2, 3})
-    found = compare_arms(pairs, {"c": [arm]}, blends={"c": [other]})[ALL]["blends"]["c"]
+    found = compare_arms(pairs, {"c": [arm]}, blends={"x": {"c": [other]}})[ALL]["blends"]["x"]["c"]
     assert (found["mean"], found["difference"]["value"]) == (1.0, 0.5)
 
 

@@ -59,10 +59,18 @@ def baselines(
         if importlib.util.find_spec("vaderSentiment") is not None:
             found[SENTIMENT] = sentiment(test_items)
         found[LEAKED] = _compare(test_items, lambda item, side: leaked_score(item.critique(side)))
-    own = {(row.pair_id, row.side): row.score for row in critiques if row.score is not None and not row.sample}
-    if own:
-        found[OWN_SCORE] = _compare(test_items, lambda item, side: own.get((item.pair.id, side)))
+    if own := own_scores(test_items, critiques):
+        found[OWN_SCORE] = own
     return {name: [score.outcome for score in scores] for name, scores in found.items()}
+
+
+def own_scores(items: Sequence[CritiquedPair], critiques: Sequence[Critique]) -> list[Score]:
+    """What the critic itself gives each side, as recorded beside its first critiques; none where it scored nothing.
+
+    A pair is unscored unless both its sides have a score.
+    """
+    own = {(row.pair_id, row.side): row.score for row in critiques if row.score is not None and not row.sample}
+    return _compare(items, lambda item, side: own.get((item.pair.id, side))) if own else []
 
 
 def _compare(items: Sequence[CritiquedPair], value: Callable[[CritiquedPair, Side], float | None]) -> list[Score]:

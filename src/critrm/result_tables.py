@@ -14,8 +14,9 @@ from critrm.types import NO_CRITIC
 
 _Row = list[str]
 BLEND = (
-    "the arm's rewards plus those of its backbone untrained (whole text), each divided by the size of its margins on "
-    "the test set; no label is used; difference and p: from the arm alone, paired by pair and seed"
+    "the arm's rewards plus another reading of the same pairs, each divided by the size of its margins on the test "
+    "set; no label is used; untrained: its backbone's before training; difference and p: from the arm alone, paired by "
+    "pair and seed"
 )
 """What a blend is."""
 
@@ -70,19 +71,20 @@ def baselines_table(results: Mapping[str, Any]) -> Table | None:
 
 
 def blends_table(results: Mapping[str, Any]) -> Table | None:
-    """Each arm blended with its untrained backbone's reading, for the terminal; None where that was not asked."""
-    table = number_table(
-        "With the untrained backbone's reading", BLEND, ("test set, and its arms", "accuracy", "difference", "p")
-    )
+    """Each arm blended with other readings of its pairs, for the terminal; None where there are none."""
+    table = number_table("Blended", BLEND, ("test set, and its arms", "accuracy", "difference", "p"))
     for test, groups in results["tests"].items():
         for label, group in groups.items():
-            blends = group.get("blends", {})
-            if group["kind"] == "subset" or not blends:
+            if group["kind"] == "subset":
                 continue
-            table.add_row(Text(f"{test if label == ALL else label}, {group['n']} pairs", "bold"))
-            for critic, found in blends.items():
-                table.add_row(Text(f" {_name(critic)}"), *map(Text, accuracy_cells(found)))
-            table.add_section()
+            for reading, blends in group["blends"].items():
+                if not blends:
+                    continue
+                heading = f"{test if label == ALL else label}, with {reading}"
+                table.add_row(Text(heading, "bold"))
+                for critic, found in blends.items():
+                    table.add_row(Text(f" {_name(critic)}"), *map(Text, accuracy_cells(found)))
+                table.add_section()
     return table if table.row_count else None
 
 
@@ -132,18 +134,18 @@ def _nulls(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
 
 
 def _blends(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
-    """Column titles and rows of text: each arm blended, in each group."""
+    """Column titles and rows of text: each arm blended with each reading that it has, in each group."""
     critics = list(results["learning_rates"])
-    titles = [
-        "blended with the untrained reading",
-        *(title for critic in critics for title in (critic, "difference", "p")),
-    ]
+    titles = ["blended with", *(title for critic in critics for title in (critic, "difference", "p"))]
     rows = []
     for test, groups in results["tests"].items():
-        for label, group in groups.items():
-            if blends := group.get("blends"):
-                cells = (accuracy_cells(blends.get(critic, {"mean": None})) for critic in critics)
-                rows.append([test if label == ALL else f"  {label}", *(cell for each in cells for cell in each)])
+        for reading in groups[ALL]["blends"]:
+            found = {label: group["blends"][reading] for label, group in groups.items()}
+            if found[ALL]:
+                rows.append([reading, *[""] * (len(titles) - 1)])
+                for label, blends in found.items():
+                    cells = (accuracy_cells(blends.get(critic, {"mean": None})) for critic in critics)
+                    rows.append([f"  {test if label == ALL else label}", *(cell for each in cells for cell in each)])
     return titles, rows
 
 

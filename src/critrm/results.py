@@ -27,7 +27,7 @@ def compare_arms(
     *,
     benchmark: str = "pairs",
     baselines: ArmBaselines | None = None,
-    blends: ArmScores | None = None,
+    blends: Mapping[str, ArmScores] | None = None,
 ) -> dict[str, Any]:
     """Compare each arm with the No-Critiques arm and with its null baselines on the same pairs, over all and by group.
 
@@ -36,7 +36,7 @@ def compare_arms(
         arms: the scores of each arm and seed, on exactly these pairs.
         benchmark: whose sections are groups as well.
         baselines: the null baselines of the arms.
-        blends: each arm's scores blended with another reading (`blend`), one list per seed.
+        blends: the arms' scores blended with another reading (`blend`), by the reading; one list per arm and seed.
 
     Returns:
         Group -> number of pairs, whether it is `all`, a `section` or a `subset` (`kind`), and per arm: `mean` strict
@@ -44,7 +44,7 @@ def compare_arms(
         at it, ties and unscored pairs over all seeds, and the `difference` from the No-Critiques arm (paired bootstrap
         over items and seeds) with `p_value`, and `p_holm` adjusted over the sections and subsets together.
         `baselines` holds, per arm and baseline, its accuracy and the `difference` of the arm from it; `blends`, per
-        arm, what the blend comes to and its `difference` from the arm, seed by seed.
+        reading and arm, what the blend comes to and its `difference` from the arm, seed by seed.
 
     Raises:
         DataError: an arm lacks a pair, or a baseline has another number of outcomes than there are pairs.
@@ -56,7 +56,8 @@ def compare_arms(
         if critic in by_arm
     }
     blended = {
-        critic: [_by_pair(scores, pairs, critic) for scores in seeds] for critic, seeds in (blends or {}).items()
+        reading: {critic: [_by_pair(scores, pairs, critic) for scores in seeds] for critic, seeds in found.items()}
+        for reading, found in (blends or {}).items()
     }
     groups = {}
     for label, (kind, members) in groups_of(pairs, benchmark).items():
@@ -66,8 +67,11 @@ def compare_arms(
             for critic, each in nulls.items()
         }
         groups[label]["blends"] = {
-            critic: _blended(_outcomes(seeds, members), _outcomes(by_arm[critic], members))
-            for critic, seeds in blended.items()
+            reading: {
+                critic: _blended(_outcomes(seeds, members), _outcomes(by_arm[critic], members))
+                for critic, seeds in found.items()
+            }
+            for reading, found in blended.items()
         }
     parts = [group for label, group in groups.items() if label != ALL]
     for critic in arms:

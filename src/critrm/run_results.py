@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from critrm.augment import Augmented
-from critrm.baselines import UNTRAINED_WHOLE, baselines
+from critrm.baselines import OWN_SCORE, UNTRAINED_WHOLE, baselines, own_scores
 from critrm.config import PairSource
 from critrm.errors import DataError, ModelError
 from critrm.result_tables import results_markdown
@@ -13,7 +13,7 @@ from critrm.results import ArmScores, blend, compare_arms
 from critrm.runs import TRAIN, Run
 from critrm.score_files import read_scores
 from critrm.store import file_name, write_text
-from critrm.types import NO_CRITIC, Critique, CritiquedPair, Score
+from critrm.types import NO_CRITIC, Critique, CritiquedPair, Outcome, Score
 from critrm.zero_label import zero_label_scores
 
 
@@ -41,10 +41,16 @@ def write_results(
             | {reading: [score.outcome for score in scores] for reading, scores in untrained[critic].items()}
             for critic, items in augmented[name].arms.items()
         }
+        readings = {
+            UNTRAINED_WHOLE: {critic: found.get(UNTRAINED_WHOLE, []) for critic, found in untrained.items()},
+            OWN_SCORE: {
+                critic: _complete(own_scores(items, critiques.get(critic, ())))
+                for critic, items in augmented[name].arms.items()
+            },
+        }
         blends = {
-            critic: [blend(scores, found[UNTRAINED_WHOLE]) for scores in arms[critic]]
-            for critic, found in untrained.items()
-            if UNTRAINED_WHOLE in found
+            reading: {critic: [blend(each, other) for each in arms[critic]] for critic, other in found.items() if other}
+            for reading, found in readings.items()
         }
         tests[name] = compare_arms(pairs, arms, benchmark=source.benchmark, baselines=nulls, blends=blends)
     results: dict[str, Any] = {
@@ -61,6 +67,11 @@ def write_results(
     write_text(run.out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_text(run.out / "results.md", results_markdown(results))
     return results
+
+
+def _complete(scores: list[Score]) -> list[Score]:
+    """The scores of a critic that scored every pair; none of one that left some out, such as a mixture of critics."""
+    return [] if any(score.outcome == Outcome.UNSCORED for score in scores) else scores
 
 
 def _cost(run: Run, critiques: Mapping[str, Sequence[Critique]]) -> dict[str, float]:
