@@ -93,6 +93,14 @@ def test_flawed_critiques_are_dropped_on_request_and_counted_by_flaw():
         augment_pairs(pairs, {"c": rows}, drop=("sarcasm",))
 
 
+def test_the_critics_scores_stay_beside_its_critiques():
+    rows = [replace(_critique("a", "chosen"), score=7.0), _critique("a", "rejected")]
+    found = augment_pairs([_pair("a")], {"c": rows})
+    (item,) = found.arms["c"]
+    assert (item.chosen_score, item.rejected_score) == (7.0, None)
+    assert found.arms[NO_CRITIC][0].chosen_score is None
+
+
 def test_grades_are_stripped_on_request():
     rows = _flawed(a="It asks back where an answer was wanted. 3/10.", b="3/10")
     found = augment_pairs([_pair(name) for name in "abc"], {"c": rows}, strip_scores=True)

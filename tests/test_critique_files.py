@@ -10,6 +10,8 @@ import pytest
 from critrm.critique_files import critiqued_pairs, read_critiques
 from critrm.errors import ConfigError, DataError
 from critrm.preferences import read_pairs
+from critrm.store import write_records
+from critrm.types import Verdict
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("CRITRM_DATA") or ROOT.parent / "shared" / "data")
@@ -52,6 +54,23 @@ def test_a_given_name_wins(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "file.jsonl", row(critic="own"))
     assert read_critiques(path)[0].critic == "own"
     assert read_critiques(path, critic="mine")[0].critic == "mine"
+
+
+def test_a_judges_verdicts_are_critiques_with_its_ratings_as_scores(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    write_records(
+        path,
+        [
+            Verdict(pair_id="a", side="chosen", judge="gpt", likert=8.0, critique="Right.", reply="Right.\nScore: 8"),
+            Verdict(pair_id="a", side="rejected", judge="gpt", likert=None, critique="Vague.", unscored="no score"),
+            Verdict(pair_id="b", side="chosen", judge="gpt", likert=None, unscored="http 500"),
+        ],
+    )
+    found = [(each.critic, each.text, each.score, each.failure) for each in read_critiques(path)]
+    assert found == [("gpt", "Right.", 8.0, ""), ("gpt", "Vague.", None, ""), ("gpt", "", None, "http 500")]
+    write_records(path, [Verdict(pair_id="a", side="chosen", judge="gpt", likert=8.0, reply="8")])
+    with pytest.raises(DataError, match="field 'critique': empty"):
+        read_critiques(path)
 
 
 @pytest.mark.parametrize(

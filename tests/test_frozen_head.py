@@ -1,5 +1,6 @@
 """A head fitted to a frozen backbone: what it minimises, what it leaves alone, and what an interruption costs."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -36,6 +37,11 @@ def arm(pairs):
 @pytest.fixture
 def config(tiny_model):
     return TrainConfig(backbone=str(tiny_model), frozen=True, precision="fp32")
+
+
+def _ends(differences):
+    """Both sides of pairs, from how they differ."""
+    return torch.stack([differences, torch.zeros_like(differences)], dim=1)
 
 
 def plain_rewards(folder, item):
@@ -79,15 +85,21 @@ def test_the_cue_is_never_cut(arm, tiny_model):
     assert len(encoded.prompt) + max(map(len, encoded.branches)) == 96
 
 
-def test_a_fit_is_where_the_penalised_loss_is_flat():
+@pytest.mark.parametrize("score_weight", [0.0, 0.7])
+def test_a_fit_is_where_the_penalised_loss_is_flat(score_weight):
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    features = torch.randn(40, 2, 6, generator=generator, dtype=torch.float64)
     margins = torch.rand(40, generator=generator, dtype=torch.float64)
-    weight = module._fit(features, margins, 0.1).requires_grad_()
-    loss = -torch.nn.functional.logsigmoid(features @ weight - margins).mean()
+    scores = torch.randn(40, 2, generator=generator, dtype=torch.float64)
+    scores[3] = math.nan
+    weight = module._fit(features, margins, scores, 0.1, score_weight).requires_grad_()
+    rewards = features @ weight
+    loss = -torch.nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - margins).mean()
+    known = [n for n in range(40) if n != 3]
+    loss = loss + score_weight / 40 * (rewards - scores)[known].square().mean(1).sum()
     loss = loss + 0.1 * weight[:-1].square().sum() + 1e-4 * weight[-1].square()
     (gradient,) = torch.autograd.grad(loss, weight)
-    assert gradient.abs().max() < 1e-5
+    assert gradient.abs().max() < 1e-4
 
 
 def test_labels_of_noise_leave_the_backbones_own_reading():
@@ -97,7 +109,7 @@ def test_labels_of_noise_leave_the_backbones_own_reading():
     direction[0] = 2.0
     features = torch.randn(200, 30, generator=generator)
     features[:, 0] = reading.abs()  # the reading is right of every pair, and the rest says nothing
-    fit = fit_head(features, torch.zeros(200), direction, seed=0)
+    fit = fit_head(_ends(features), torch.zeros(200), direction, seed=0)
     assert fit.strength == max(STRENGTHS)
     assert fit.weight[0] > 20 * fit.weight[1:].abs().max()
 
@@ -107,15 +119,35 @@ def test_what_pairs_say_is_learnt_against_the_reading():
     features = torch.randn(300, 10, generator=generator)
     features[:, 4] = features[:, 4].abs() + 0.1
     direction = torch.eye(10)[0]
-    fit = fit_head(features, torch.zeros(300), direction, seed=0)
+    fit = fit_head(_ends(features), torch.zeros(300), direction, seed=0)
     assert fit.held_out_accuracy > 0.95 and fit.weight.argmax() == 4
-    again = fit_head(features, torch.zeros(300), direction, seed=0)
+    again = fit_head(_ends(features), torch.zeros(300), direction, seed=0)
     assert torch.equal(fit.weight, again.weight)
+
+
+def test_scores_teach_what_labels_do_not_tell():
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.randn(300, 2, 10, generator=generator)
+    scores = ends[..., 7] + 0.1 * torch.randn(300, 2, generator=generator)
+    ends[:, 0, 4] += 1.0  # what the labels go by
+    ends += 5.0  # a level that the scores do not have
+    labels, direction = torch.zeros(300), torch.eye(10)[0]
+    plain = fit_head(ends, labels, direction, scores=scores, seed=0)
+    assert torch.equal(plain.weight, fit_head(ends, labels, direction, seed=0).weight), "not asked for"
+    taught = fit_head(ends, labels, direction, scores=scores, score_weight=1.0, seed=0)
+    found = [
+        torch.corrcoef(torch.stack([(ends @ fit.weight).flatten(), scores.flatten()]))[0, 1] for fit in (plain, taught)
+    ]
+    assert abs(found[0]) < 0.3 and found[1] > 0.8
+    # Scores that are not there are no scores of 0.
+    scores[:200] = math.nan
+    fewer = fit_head(ends, labels, direction, scores=scores, score_weight=1.0, seed=0)
+    assert fewer.weight.argmax() == taught.weight.argmax() == 7
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_few_pairs_are_enough(n):
-    fit = fit_head(torch.ones(n, 4), torch.zeros(n), torch.tensor([1.0, 0, 0, 0]), seed=0)
+    fit = fit_head(_ends(torch.ones(n, 4)), torch.zeros(n), torch.tensor([1.0, 0, 0, 0]), seed=0)
     assert torch.isfinite(fit.weight).all() and fit.weight[0] > 0
 
 

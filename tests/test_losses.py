@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from critrm.losses import centring_loss, critique_loss, ranking_loss, reward_losses, scaled_loss
+from critrm.losses import centring_loss, critique_loss, ranking_loss, reward_losses, scaled_loss, score_loss
 
 FINITE = st.floats(-20, 20)
 ROWS = st.lists(st.tuples(FINITE, FINITE, st.floats(0, 3)), min_size=1)
@@ -36,12 +36,28 @@ def test_centring_loss_is_the_square_of_the_sum(rows):
     assert centring_loss(_tensors(rows)[0]).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@given(ROWS, st.sampled_from(["ranking", "scaled"]), st.floats(0, 2))
-def test_the_rewards_loss_is_the_chosen_one_and_the_weighted_centring(rows, loss, weight):
+SCORE = st.none() | FINITE
+
+
+@given(st.lists(st.tuples(FINITE, FINITE, SCORE, SCORE), min_size=1))
+def test_score_loss_is_the_mean_square_of_the_sides_that_have_a_score(rows):
+    rewards = torch.tensor([row[:2] for row in rows], dtype=torch.float64).requires_grad_()
+    scores = torch.tensor([[math.nan if s is None else s for s in row[2:]] for row in rows], dtype=torch.float64)
+    squares = [[(r - s) ** 2 for r, s in zip(row[:2], row[2:], strict=True) if s is not None] for row in rows]
+    losses = score_loss(rewards, scores)
+    assert losses.tolist() == pytest.approx([sum(each) / max(len(each), 1) for each in squares])
+    (gradient,) = torch.autograd.grad(losses.sum(), rewards)
+    assert torch.equal(gradient[scores.isnan()], torch.zeros(int(scores.isnan().sum()), dtype=torch.float64))
+
+
+@given(ROWS, st.sampled_from(["ranking", "scaled"]), st.floats(0, 2), st.floats(0, 2))
+def test_the_rewards_loss_is_the_chosen_one_with_centring_and_scores_as_weighted(rows, loss, center, weight):
     rewards, margins = _tensors(rows)
+    scores = rewards.flip(1) / 3
     first = {"ranking": ranking_loss, "scaled": scaled_loss}[loss](rewards, margins)
-    expected = first + weight * centring_loss(rewards)
-    torch.testing.assert_close(reward_losses(rewards, margins, loss=loss, center_weight=weight), expected)
+    expected = first + center * centring_loss(rewards) + weight * score_loss(rewards, scores)
+    found = reward_losses(rewards, margins, scores, loss=loss, center_weight=center, score_weight=weight)
+    torch.testing.assert_close(found, expected)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.lists(FINITE, min_size=3, max_size=3))))

@@ -1,6 +1,7 @@
 """The Trainer's loss over passes, critique prediction, checkpointed activations, the best weights."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -93,8 +94,9 @@ def test_few_pairs_train_all_weights(n_steps, tiny_model, arm, tmp_path):
 
 
 def test_passes_of_a_step_add_up_to_the_mean_over_its_pairs_and_fillers_do_not_count(tiny_model, arm, tmp_path):
-    config = _config(tiny_model, center_weight=0.1, lm_weight=0.3)
+    config = _config(tiny_model, center_weight=0.1, lm_weight=0.3, score_weight=0.5)
     _, encoded, trainer = _trainer(tiny_model, arm[:5], config, tmp_path)
+    encoded = [replace(pair, scores=(1.0 - n, math.nan)) for n, pair in enumerate(encoded)]
     filler = replace(encoded[0], weight=0.0)
     passes = [collate(encoded[:3]), collate([*encoded[3:], filler])]
     n_items = trainer._get_num_items_in_batch(passes, torch.device("cpu"))

@@ -157,6 +157,17 @@ def test_a_critic_that_left_out_a_score_is_not_blended(tiny_model, tmp_path):
     assert mini["blends"]["critic's own score"] == {}
 
 
+def test_scores_that_a_critic_does_not_give_stop_a_run_before_it_trains(tiny_model, tmp_path):
+    recipe = Recipe.model_validate(_recipe(tiny_model, score_weight=1.0))
+    with pytest.raises(ConfigError, match="with critiques by 'tiny' none are there"):
+        run_recipe(recipe, out=tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    alone = _recipe(tiny_model, score_weight=1.0)
+    del alone["critique"]["critics"]["tiny"]
+    results = run_recipe(Recipe.model_validate(alone), out=tmp_path)
+    assert set(results["learning_rates"]) == {NO_CRITIC, "frontier-llm"}
+
+
 def test_a_backbone_that_cannot_be_asked_costs_a_row_of_the_table(tiny_model, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise ModelError("no words")

@@ -260,7 +260,14 @@ def test_new_settings_leave_the_facts_of_runs_without_them_alone():
         "backbone", "batch_size", "n_epochs", "min_learning_rate_share", "warmup_steps", "margins", "precision",
         "lora_rank", "seed", "learning_rate", "max_length",
     }  # fmt: skip
-    changes = {"loss": "scaled", "center_weight": 0.1, "lm_weight": 0.1, "critique_dropout": 0.1, "keep": "best"}
+    changes = {
+        "loss": "scaled",
+        "center_weight": 0.1,
+        "lm_weight": 0.1,
+        "score_weight": 0.1,
+        "critique_dropout": 0.1,
+        "keep": "best",
+    }
     for name, value in changes.items():
         changed = run_facts(TrainConfig(backbone="x", **{name: value}), seed=0, rate=1e-4, max_length=64)
         assert changed == facts | {name: value}
@@ -280,6 +287,30 @@ def test_with_critique_dropout_a_model_also_learns_from_pairs_without_critiques(
     assert dropped.n_pairs == plain.n_pairs
     assert 0.5 * plain.n_tokens < dropped.n_tokens < plain.n_tokens
     assert dropped.loss != plain.loss
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_critics_scores_are_learnt_where_they_are_asked_for_and_change_nothing_else(
+    frozen, tiny_model, arm, tmp_path
+):
+    # Labels and scores are opposed: what is learnt tells which was listened to.
+    scored = [replace(item, chosen_score=1.0, rejected_score=9.0) for item in arm]
+    config = _config(tiny_model, n_epochs=1 if frozen else 6, margins=None, frozen=frozen)
+    plain = train_reward_model(arm, config, out=tmp_path / "plain")
+    weights = plain.folder / "model.safetensors"
+    stamp = weights.stat().st_mtime_ns
+    assert train_reward_model(scored, config, out=tmp_path / "plain") == plain
+    assert weights.stat().st_mtime_ns == stamp, "scores that nobody asked for do not make it another run"
+    asked = config.model_copy(update={"score_weight": 20.0})
+    train_reward_model(scored, asked, out=tmp_path / "scored")
+    scores = RewardModel.load(tmp_path / "scored" / "model").score(scored)
+    assert all(score.chosen < score.rejected for score in scores)
+    again = [replace(item, chosen_score=9.0, rejected_score=1.0) for item in arm]
+    train_reward_model(again, asked, out=tmp_path / "scored")
+    scores = RewardModel.load(tmp_path / "scored" / "model").score(scored)
+    assert all(score.chosen > score.rejected for score in scores), "other scores make it another run"
+    with pytest.raises(ConfigError, match="score_weight has the model learn the critic's own scores"):
+        train_reward_model(arm, asked, out=tmp_path / "none")
 
 
 def test_a_run_counts_the_pairs_it_had_to_cut(tiny_model, arm, tmp_path):

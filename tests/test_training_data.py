@@ -1,5 +1,6 @@
 """Encoding with counts of what was cut, critique dropout, the shared order, and the critique tokens of a packed row."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 
 from critrm.batching import EncodedPair
 from critrm.config import TrainConfig
+from critrm.errors import ConfigError
 from critrm.reward_model import Reads, RewardModel
 from critrm.training_data import (
     EpochSampler,
+    ScoreScale,
     TrainingPair,
     TrainingPairs,
     collate,
@@ -49,6 +52,28 @@ def test_dropped_critiques_are_about_the_share_and_the_seed_and_id_decide(arm):
     assert {item.pair.id for item in drop_critiques(many[::-1], 0.3, seed=0) if not item.chosen_critique} == bare
     assert {item.pair.id for item in drop_critiques(many, 0.3, seed=1) if not item.chosen_critique} != bare
     assert drop_critiques(many, 0.0, seed=0) == many
+
+
+def test_the_critics_scores_become_targets_of_mean_0_and_spread_1(tiny_model, arm):
+    config = TrainConfig(backbone=str(tiny_model), score_weight=1.0)
+    scored = [replace(item, chosen_score=float(n + 4), rejected_score=float(n)) for n, item in enumerate(arm)]
+    scored[1] = replace(scored[1], rejected_score=None)
+    model = RewardModel.from_backbone(str(tiny_model), Reads(critic="c"), seed=0)
+    pairs, _ = encode_pairs(scored, model, config=config, score_scale=ScoreScale.of(scored))
+    found = torch.tensor([pair.scores for pair in pairs]).flatten()
+    known = found[~found.isnan()]
+    assert len(known) == 2 * len(arm) - 1 and math.isnan(pairs[1].scores[1])
+    assert float(known.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(known.std(correction=0)) == pytest.approx(1)
+    assert collate(pairs)["scores"].shape == (len(arm), 2)
+    unasked = encode_pairs(scored, model, config=config)[0]
+    assert all(math.isnan(score) for pair in unasked for score in pair.scores)
+
+
+@pytest.mark.parametrize(("score", "which"), [(None, "none are"), (5.0, "only equal ones are")])
+def test_scores_that_teach_nothing_are_an_error(arm, score, which):
+    with pytest.raises(ConfigError, match=f"by 'c' {which} there: give critiques with a `score`"):
+        ScoreScale.of([replace(item, chosen_score=score, rejected_score=score) for item in arm])
 
 
 def test_pairs_that_are_cut_are_counted_by_segment(tiny_model, arm):

@@ -194,7 +194,7 @@ def _resumed(
         if item.pair.id in keys:
             raise DataError("two pairs have this id; ids must be unique", field=f"id {item.pair.id}")
         parts = [split_sentences(item.critique(side)) for side in SIDES]
-        keys[item.pair.id] = content_hash(*facts, dataclasses.asdict(item), parts)
+        keys[item.pair.id] = content_hash(*facts, item.content(), parts)
     saved = saved_attributions(path)
     known = {pair_id: saved[key] for pair_id, key in keys.items() if len(saved.get(key, ())) == len(SIDES)}
     todo = [item for item in items if item.pair.id not in known]

@@ -187,11 +187,21 @@ def _join(
         if not row.failure and row.text.strip():
             texts[row.side][row.pair_id] = row.text
     failures = {(row.pair_id, row.side): row.failure for row in rows if row.failure}
+    scores = {(row.pair_id, row.side): row.score for row in rows if row.score is not None}
     arm: list[CritiquedPair | None] = []
     for pair in pairs:
         found = [texts[side].get(pair.id, "") for side in SIDES]
         if all(found):
-            arm.append(CritiquedPair(pair=pair, critic=critic, chosen_critique=found[0], rejected_critique=found[1]))
+            arm.append(
+                CritiquedPair(
+                    pair=pair,
+                    critic=critic,
+                    chosen_critique=found[0],
+                    rejected_critique=found[1],
+                    chosen_score=scores.get((pair.id, "chosen")),
+                    rejected_score=scores.get((pair.id, "rejected")),
+                )
+            )
             continue
         arm.append(None)
         reason = f"no critique by {critic} of " + ("one side" if any(found) else "both sides")

@@ -200,6 +200,8 @@ class TrainConfig(Section):
     """Weight of (chosen + rejected)^2, which keeps rewards around 0."""
     lm_weight: float = Field(default=0.0, ge=0)
     """Weight of a language-model loss on the critique's tokens, through the backbone's own head."""
+    score_weight: float = Field(default=0.0, ge=0)
+    """Weight of the squared distance of rewards from the critic's own scores of the training pairs, standardised."""
     critique_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an arm's pairs that are read without their critiques, so that the model can score without one."""
     critique_first: bool = False
@@ -225,7 +227,7 @@ class TrainConfig(Section):
         """The settings of one arm: those about critiques are at their defaults where there are none."""
         if critic != NO_CRITIC:
             return self
-        about_critiques = ("lm_weight", "critique_dropout", "critique_first")
+        about_critiques = ("lm_weight", "score_weight", "critique_dropout", "critique_first")
         return self.model_copy(update={name: type(self).model_fields[name].default for name in about_critiques})
 
     @model_validator(mode="after")

@@ -19,8 +19,8 @@ def read_critiques(path: str | Path, *, critic: str | None = None, dialect: str 
     """Read critiques that critrm wrote, existing ones by pair id and side, or those of a file with pairs.
 
     Args:
-        path: rows with `pair_id`, `side` and `critique` (or `text`); optional `sample`, `score` and `critic`. Or a file
-            of a dialect that holds the pairs too, see `critiqued_pairs`.
+        path: rows with `pair_id`, `side` and `critique` (or `text`); optional `sample`, `score` and `critic`. Or a
+            judge's verdicts with critiques; or a file of a dialect that holds the pairs too, see `critiqued_pairs`.
         critic: the critic's name; else the rows' own, else the file's.
         dialect: `critrm`, or one of `CRITIQUE_DIALECTS`; `auto` goes by the columns of the first row.
 
@@ -35,7 +35,7 @@ def read_critiques(path: str | Path, *, critic: str | None = None, dialect: str 
     seen: dict[tuple[str, Side, int], set[str]] = {}
     for number, row in read_rows(path):
         try:
-            critique = _read_row(row, critic or str(row.get("critic") or _stem(path)))
+            critique = _read_row(row, critic or str(row.get("critic") or row.get("judge") or _stem(path)))
         except DataError as error:
             raise DataError(error.reason, path=str(path), line=number, field=error.field) from None
         ids = seen.setdefault((critique.critic, critique.side, critique.sample), set())
@@ -81,19 +81,24 @@ def _dialect(path: str | Path, dialect: str) -> str:
 
 
 def _read_row(row: dict[str, Any], critic: str) -> Critique:
-    pair_id, side, score, sample = row.get("pair_id"), row.get("side"), row.get("score"), row.get("sample", 0)
+    pair_id, side, sample = row.get("pair_id"), row.get("side"), row.get("sample", 0)
+    # A judge's verdicts are read as well: its rating is the score of what it wrote before it.
+    grade = "score" if "score" in row or "likert" not in row else "likert"
+    score = row.get(grade)
     if not isinstance(pair_id, (str, int)) or isinstance(pair_id, bool) or pair_id == "":
         raise DataError("missing: which pair is it about?", field="pair_id")
     if side not in SIDES:
         raise DataError(f"must be 'chosen' or 'rejected', not {side!r}", field="side")
     name = "critique" if "critique" in row else "text" if "text" in row else "critique"
     text, failure = row.get(name), str(row.get("failure") or "")
+    if text == "" and not failure:
+        failure = str(row.get("unscored") or "")
     if not isinstance(text, str):
         raise DataError("missing: it must be text", field=name)
     if not text.strip() and not failure:
         raise DataError("empty: leave the row out, or give the reason of a failed call in 'failure'", field=name)
     if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
-        raise DataError(f"must be a number, not {score!r}", field="score")
+        raise DataError(f"must be a number, not {score!r}", field=grade)
     if isinstance(sample, bool) or not isinstance(sample, int) or sample < 0:
         raise DataError(f"must be a whole number from 0, not {sample!r}", field="sample")
     return Critique(

@@ -9,7 +9,7 @@ and none; what they read of their own is taken from the run. In the run folder:
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def _score_row(run: _Run, trained: str, seed: int, *, console: Console | None) -
     for test, source in run.recipe.preferences.test.items():
         for read in run.critics:
             items, cell = run.items(test, read), run.cell(trained, seed, test, read)
-            fingerprint = content_hash(weights, [asdict(item) for item in items])
+            fingerprint = content_hash(weights, [item.content() for item in items])
             if read == trained or stage_is_done(cell, fingerprint):
                 continue
             if model is None:

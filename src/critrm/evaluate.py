@@ -159,7 +159,7 @@ def _scores(
         scores = model.score(pairs, max_tokens_per_step=max_tokens_per_step, on_progress=on_progress)
         return level_identical([item.pair for item in pairs], scores)
     path, table, fingerprint = folder / f"{benchmark}.scores.jsonl", find_benchmark(benchmark), model.fingerprint
-    keys = {item.pair.id: content_hash(fingerprint, asdict(item)) for item in pairs}
+    keys = {item.pair.id: content_hash(fingerprint, item.content()) for item in pairs}
     saved = saved_scores(path)
     known = {pair_id: saved[key] for pair_id, key in keys.items() if key in saved}
     on_progress(len(known))

@@ -3,7 +3,8 @@
 Beyond the paper. Training all weights on few pairs teaches a small backbone the surface of completions and unteaches
 it to read critiques. Here each side of a pair is read once, with `zero_label.CUE` behind it, and the reward is linear
 in the backbone's last hidden state there: some multiple of its own good-minus-bad reading, and a ridge-penalised rest,
-both fitted by the ranking loss. How much is left to the rest is chosen by cross-validation on the same pairs.
+both fitted by the ranking loss, and where that is asked for by the critic's own scores. How much is left to the rest is
+chosen by cross-validation on the same pairs.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from critrm import models
-from critrm.batching import EncodedPair
-from critrm.losses import ranking_loss
+from critrm.losses import ranking_loss, score_loss
 from critrm.readings import Readings
 from critrm.reward_model import RewardModel
+from critrm.training_data import TrainingPair
 
 STRENGTHS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """Weights of the squared head, for features of unit spread, from which cross-validation chooses."""
@@ -41,11 +42,12 @@ class HeadFit:
 
 def frozen_head(
     model: RewardModel,
-    pairs: Sequence[EncodedPair],
+    pairs: Sequence[TrainingPair],
     *,
     direction: torch.Tensor,
     readings: Readings,
     seed: int,
+    score_weight: float = 0.0,
     precision: str = "auto",
     console: Console | None = None,
 ) -> HeadFit:
@@ -53,10 +55,11 @@ def frozen_head(
 
     Args:
         model: a backbone under a new head, which is replaced.
-        pairs: the training pairs as the model reads them, with their margins.
+        pairs: the training pairs as the model reads them, with their margins and scores.
         direction: (hidden_size,), the backbone's own reading; see `zero_label.reading_direction`.
         readings: keeps what was read.
         seed: of the folds.
+        score_weight: of the critic's own scores beside the labels.
         precision: `fp32`, `bf16`, or `auto`; the head itself is fitted in 64 bits.
         console: gets the progress bar.
 
@@ -68,30 +71,51 @@ def frozen_head(
     device = models.choose_device()
     model.precision = models.choose_precision(device) if precision == "auto" else precision
     torch.nn.Module.to(model.model, device)  # transformers' own `to` is not typed
+    encoded = [pair.encoded for pair in pairs]
     with Progress(*columns, console=console or Console(quiet=True)) as progress:
         task = progress.add_task(f"read {escape(model.critic)}", total=len(pairs))
-        ends = readings.of(model, pairs, on_progress=lambda n: progress.update(task, advance=n))
-    fit = fit_head(ends[:, 0] - ends[:, 1], torch.tensor([pair.margin for pair in pairs]), direction, seed=seed)
+        ends = readings.of(model, encoded, on_progress=lambda n: progress.update(task, advance=n))
+    fit = fit_head(
+        ends,
+        torch.tensor([pair.margin for pair in encoded]),
+        direction,
+        scores=torch.tensor([pair.scores for pair in pairs]),
+        score_weight=score_weight,
+        seed=seed,
+    )
     with torch.no_grad():
         model.head.weight.copy_(fit.weight[None])
     torch.nn.Module.to(model.model, "cpu")
     return fit
 
 
-def fit_head(differences: torch.Tensor, margins: torch.Tensor, direction: torch.Tensor, *, seed: int) -> HeadFit:
-    """Fit a head to the differences of pairs.
+def fit_head(
+    ends: torch.Tensor,
+    margins: torch.Tensor,
+    direction: torch.Tensor,
+    *,
+    scores: torch.Tensor | None = None,
+    score_weight: float = 0.0,
+    seed: int,
+) -> HeadFit:
+    """Fit a head to pairs.
 
     Args:
-        differences: (n_pairs, hidden_size), chosen minus rejected.
+        ends: (n_pairs, 2, hidden_size), what the backbone says at the ends of both sides, chosen first.
         margins: (n_pairs,), as in equation 2.
         direction: (hidden_size,), along which the head is not penalised.
+        scores: (n_pairs, 2), the critic's own on a scale of mean 0 and spread 1; not-a-number where there is none.
+        score_weight: of the squared distance to the scores; 0 is labels alone.
         seed: of the folds.
     """
-    differences, margins, direction = differences.double(), margins.double(), direction.double()
+    ends, margins, direction = ends.double(), margins.double(), direction.double()
+    differences = ends[:, 0] - ends[:, 1]
     spread = differences.square().mean(0).sqrt().clamp_min(1e-12)
-    reading = differences @ direction
-    scale = reading.square().mean().sqrt().clamp_min(1e-12)
-    features = torch.cat([differences / spread, (reading / scale)[:, None]], dim=1)
+    scale = (differences @ direction).square().mean().sqrt().clamp_min(1e-12)
+    # The level is taken out, which only the scores see: a head has no intercept.
+    ends = ends - ends.mean((0, 1))
+    features = torch.cat([ends / spread, (ends @ direction / scale)[..., None]], dim=2)
+    targets = torch.zeros_like(features[..., 0]) if scores is None or not score_weight else scores.double()
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     folds = [order[start::N_FOLDS] for start in range(min(N_FOLDS, len(order)))]
     found = []
@@ -100,30 +124,31 @@ def fit_head(differences: torch.Tensor, margins: torch.Tensor, direction: torch.
         for fold in folds if len(folds) > 1 else ():
             kept = torch.ones(len(features), dtype=torch.bool)
             kept[fold] = False
-            rewards = features[fold] @ _fit(features[kept], margins[kept], strength)
-            losses += _losses(rewards, margins[fold]).tolist()
-            n_right += int((rewards > 0).sum())
+            rewards = features[fold] @ _fit(features[kept], margins[kept], targets[kept], strength, score_weight)
+            losses += ranking_loss(rewards, margins[fold]).tolist()
+            n_right += int((rewards[:, 0] > rewards[:, 1]).sum())
         loss = sum(losses) / len(losses) if losses else float("nan")
         found.append((loss, strength, n_right / max(len(losses), 1)))
     # A single pair leaves nothing to choose by: the strongest ridge, which leaves the backbone's own reading.
     loss, strength, accuracy = min(found, key=lambda each: each[0]) if len(folds) > 1 else found[0]
-    fitted = _fit(features, margins, strength)
+    fitted = _fit(features, margins, targets, strength, score_weight)
     weight = fitted[:-1] / spread + fitted[-1] / scale * direction
     return HeadFit(weight.float(), strength, loss, accuracy)
 
 
-def _losses(rewards: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
-    return ranking_loss(torch.stack([rewards, torch.zeros_like(rewards)], dim=1), margins)
-
-
-def _fit(features: torch.Tensor, margins: torch.Tensor, strength: float) -> torch.Tensor:
-    """Minimise the mean ranking loss plus `strength` times the square of all weights but the last."""
-    weight = torch.zeros(features.shape[1], dtype=features.dtype, requires_grad=True)
+def _fit(
+    features: torch.Tensor, margins: torch.Tensor, targets: torch.Tensor, strength: float, score_weight: float
+) -> torch.Tensor:
+    """Minimise the mean loss of the pairs plus `strength` times the square of all weights but the last."""
+    weight = torch.zeros(features.shape[2], dtype=features.dtype, requires_grad=True)
     optimiser = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
     def step() -> float:
         optimiser.zero_grad()
-        loss = _losses(features @ weight, margins).mean() + strength * weight[:-1].square().sum()
+        rewards = features @ weight
+        loss = ranking_loss(rewards, margins).mean() + strength * weight[:-1].square().sum()
+        if score_weight:
+            loss = loss + score_weight * score_loss(rewards, targets).mean()
         # A trace of a penalty, without which separable pairs would drive the last weight to infinity.
         loss = loss + 1e-4 * weight[-1].square()
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it

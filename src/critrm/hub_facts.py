@@ -26,6 +26,7 @@ TRAINING_FACTS = (
     "critique_dropout",
     "critique_first",
     "lm_weight",
+    "score_weight",
     "seed",
 )
 

@@ -1,4 +1,4 @@
-"""What training minimises, per pair: ranking with a margin, scaled, centring, critique tokens (section 3.2)."""
+"""What training minimises, per pair: ranking with a margin, scaled, centring, scores, critique tokens (section 3.2)."""
 
 from typing import Literal
 
@@ -44,6 +44,21 @@ def centring_loss(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards[:, 0] + rewards[:, 1]) ** 2
 
 
+def score_loss(rewards: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Mean square of reward minus the critic's standardised score, over the sides that have one; 0 without any.
+
+    Args:
+        rewards: (n_pairs, 2).
+        scores: (n_pairs, 2), not-a-number where there is none.
+
+    Returns:
+        (n_pairs,) losses.
+    """
+    known = ~scores.isnan()
+    errors = torch.where(known, rewards - scores.nan_to_num(), 0.0)
+    return errors.square().sum(1) / known.sum(1).clamp(min=1)
+
+
 def critique_loss(logits: torch.Tensor, targets: torch.Tensor, pair_of: torch.Tensor, *, n_pairs: int) -> torch.Tensor:
     """Mean negative log-likelihood of each pair's critique tokens, both sides' together; 0 without any.
 
@@ -62,9 +77,17 @@ def critique_loss(logits: torch.Tensor, targets: torch.Tensor, pair_of: torch.Te
 
 
 def reward_losses(
-    rewards: torch.Tensor, margins: torch.Tensor, *, loss: Literal["ranking", "scaled"], center_weight: float
+    rewards: torch.Tensor,
+    margins: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    loss: Literal["ranking", "scaled"],
+    center_weight: float,
+    score_weight: float,
 ) -> torch.Tensor:
     """The part of the loss that the rewards decide, per pair; arguments are those above and the config's."""
     ranking = ranking_loss if loss == "ranking" else scaled_loss
     losses = ranking(rewards, margins)
-    return losses + center_weight * centring_loss(rewards) if center_weight else losses
+    if center_weight:
+        losses = losses + center_weight * centring_loss(rewards)
+    return losses + score_weight * score_loss(rewards, scores) if score_weight else losses

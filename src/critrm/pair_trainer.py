@@ -134,7 +134,14 @@ class PairTrainer(Trainer):
 
     def _reward_losses(self, rewards: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         config = self.config
-        return reward_losses(rewards, inputs["margins"], loss=config.loss, center_weight=config.center_weight)
+        return reward_losses(
+            rewards,
+            inputs["margins"],
+            inputs["scores"],
+            loss=config.loss,
+            center_weight=config.center_weight,
+            score_weight=config.score_weight,
+        )
 
     @torch.no_grad()
     def evaluate(

@@ -45,6 +45,7 @@ from critrm.store import (
     write_records,
     write_text,
 )
+from critrm.training_data import ScoreScale
 from critrm.types import Critique, PreferencePair
 from critrm.work_sharing import claim
 
@@ -146,7 +147,11 @@ def _prepare(
             f"evaluate.samples is {recipe.evaluate.samples}, and no critic wrote more than one critique of "
             "a completion: give one of them `samples` and a temperature above 0"
         )
-    return critiques, _augment(run, sets, critiques)
+    augmented = _augment(run, sets, critiques)
+    if recipe.train.score_weight:  # Before the first arm is trained, which may take hours.
+        for name in recipe.critique.arms:
+            ScoreScale.of(augmented[TRAIN].arms[name])
+    return critiques, augmented
 
 
 def estimate_recipe(recipe: Recipe) -> list[Estimate]:

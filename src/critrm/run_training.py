@@ -3,7 +3,6 @@
 import functools
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from critrm.augment import Augmented
@@ -96,7 +95,11 @@ def _train_and_evaluate(
     if config.keep == "best":
         arm, held_out = split_held_out(arm, config.n_held_out)
         facts["n_held_out"] = config.n_held_out
-    data = {name: [asdict(item) for item in found.arms[critic]] for name, found in augmented.items()}
+    with_scores = config.score_weight > 0
+    data = {
+        name: [item.content(with_scores=with_scores) for item in found.arms[critic]]
+        for name, found in augmented.items()
+    }
     benchmarks = {name: source.benchmark for name, source in run.recipe.preferences.test.items()}
     samples = _samples(run, sets, critiques.get(critic, ()))
     averaged = [sorted((*place, texts) for place, texts in samples.items())] if samples else []

@@ -5,7 +5,6 @@ import math
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -79,7 +78,10 @@ def _trial(
     folder = out / f"learning-rate-{rate:g}"
     config = config.model_copy(update={"keep": "last"})
     facts = run_facts(config, seed=config.seeds[0], rate=rate, max_length=max_length)
-    fingerprint = content_hash(facts, [asdict(item) for item in rest], [asdict(item) for item in held_out])
+    with_scores = config.score_weight > 0
+    fingerprint = content_hash(
+        facts, *([item.content(with_scores=with_scores) for item in part] for part in (rest, held_out))
+    )
     marker = folder / "sweep"
     if not stage_is_done(marker, fingerprint):
         result = train_reward_model(

@@ -24,7 +24,7 @@ from critrm.pair_trainer import PairTrainer, fresh_model, make_trainer, whole_mo
 from critrm.readings import Readings
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import content_hash, mark_stage_done, read_records, stage_is_done, write_manifest, write_records
-from critrm.training_data import TrainingPair, drop_critiques, encode_pairs, margin_of
+from critrm.training_data import ScoreScale, TrainingPair, drop_critiques, encode_pairs, margin_of
 from critrm.types import CritiquedPair, Score
 from critrm.zero_label import CUE, reading_direction
 
@@ -53,6 +53,7 @@ def run_facts(config: TrainConfig, *, seed: int, rate: float, max_length: int) -
         "loss",
         "center_weight",
         "lm_weight",
+        "score_weight",
         "critique_dropout",
         "critique_first",
         "keep",
@@ -101,8 +102,8 @@ def train_reward_model(
     _check(pairs, held_out, config)
     rate = config.learning_rates[0] if learning_rate is None else learning_rate
     facts = run_facts(config, seed=seed, rate=rate, max_length=max_length)
-    data = [[asdict(item) for item in part] for part in ((pairs, held_out) if config.keep == "best" else (pairs,))]
-    fingerprint = content_hash(facts, *data)
+    parts, with_scores = (pairs, held_out) if config.keep == "best" else (pairs,), config.score_weight > 0
+    fingerprint = content_hash(facts, *([item.content(with_scores=with_scores) for item in part] for part in parts))
     if stage_is_done(out, fingerprint):
         return _read_result(out)
 
@@ -116,15 +117,17 @@ def train_reward_model(
     )
     # Loaded and let go before the model that is trained, which takes as much memory.
     direction = reading_direction(config.backbone) if config.frozen else None
+    scale = ScoreScale.of(pairs) if with_scores else None
     with failure_advice(out):
         reward_model = fresh_model(config, reads, seed=seed)
         arm = drop_critiques(pairs, config.critique_dropout, seed=seed)
-        encoded, n_cut = encode_pairs(arm, reward_model, config=config)
+        encoded, n_cut = encode_pairs(arm, reward_model, config=config, score_scale=scale)
         if direction is not None:
             kept = Readings(readings or out / "checkpoints")
             outcome = _fit(reward_model, config, encoded, direction, out=out, seed=seed, readings=kept, console=console)
         else:
-            tested = encode_pairs(held_out, reward_model, config=config)[0] if config.keep == "best" else []
+            part = held_out if config.keep == "best" else ()
+            tested = encode_pairs(part, reward_model, config=config, score_scale=scale)[0]
             trainer, note = make_trainer(
                 reward_model, config, encoded=encoded, held_out=tested, out=out, seed=seed, rate=rate, console=console
             )
@@ -183,9 +186,8 @@ def _fit(
     console: Console | None,
 ) -> _Outcome:
     _forget_last_result(out)
-    pairs = [pair.encoded for pair in encoded]
     how: dict[str, Any] = {"readings": readings, "seed": seed, "precision": config.precision, "console": console}
-    fit = frozen_head(reward_model, pairs, direction=direction, **how)
+    fit = frozen_head(reward_model, encoded, direction=direction, score_weight=config.score_weight, **how)
     held_out = f"{fit.held_out_accuracy:.3f} of the pairs left out of a fit were ranked right"
     start = "" if direction.any() else ", no reading of its own to start from"
     note = f"the backbone stayed as it was{start}; ridge {fit.strength:g} by cross-validation, {held_out}"
@@ -284,6 +286,7 @@ def command(
     loss: Literal["ranking", "scaled"] = "ranking",
     center_weight: float = 0.0,
     lm_weight: float = 0.0,
+    score_weight: float = 0.0,
     critique_dropout: float = 0.0,
     critique_first: bool = False,
     keep: Literal["last", "best"] = "last",
@@ -312,6 +315,7 @@ def command(
         loss: subtract the margin from the difference (ranking, the paper's), or multiply the loss by it (scaled).
         center_weight: weight of (chosen + rejected)^2.
         lm_weight: weight of a language-model loss on the critiques.
+        score_weight: weight of the distance to the critic's own scores, where the critiques carry them.
         critique_dropout: share of the pairs that are read without their critiques.
         critique_first: read the critique before the completion, not behind it as the paper does.
         keep: the last weights, or the best on the held-out pairs.
@@ -334,6 +338,7 @@ def command(
             loss=loss,
             center_weight=center_weight,
             lm_weight=lm_weight,
+            score_weight=score_weight,
             critique_dropout=critique_dropout,
             critique_first=critique_first,
             keep=keep,

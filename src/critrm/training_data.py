@@ -1,6 +1,8 @@
 """Critiqued pairs as the Trainer draws them: encoded, in an order that all processes share, packed into rows."""
 
+import math
 import random
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from critrm.augment import segment_pair, text_encoder
 from critrm.batching import EncodedPair, pack
 from critrm.config import TrainConfig
+from critrm.errors import ConfigError
 from critrm.reward_model import RewardModel
 from critrm.types import NO_CRITIC, CritiquedPair
 
@@ -25,6 +28,8 @@ class TrainingPair:
     """How often the pair counts: once, or not at all where it only fills up a batch."""
     critique_first: bool = False
     """The critique's tokens are at the beginning of each branch instead."""
+    scores: tuple[float, float] = (math.nan, math.nan)
+    """The critic's own scores on a scale of mean 0 and spread 1; not-a-number where there is none to learn from."""
 
 
 def margin_of(item: CritiquedPair, margins: Mapping[str, float] | None) -> float:
@@ -46,10 +51,46 @@ def drop_critiques(items: Sequence[CritiquedPair], share: float, *, seed: int) -
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreScale:
+    """Mean and spread of a critic's own scores over an arm's training pairs."""
+
+    mean: float
+    spread: float
+
+    @classmethod
+    def of(cls, items: Sequence[CritiquedPair]) -> "ScoreScale":
+        """Of the pairs that are trained on.
+
+        Raises:
+            ConfigError: they carry no scores, or all the same.
+        """
+        scores = [score for item in items for score in (item.chosen_score, item.rejected_score) if score is not None]
+        if len(set(scores)) < 2:
+            which = "only equal ones" if scores else "none"
+            raise ConfigError(
+                f"score_weight has the model learn the critic's own scores, and in the {len(items)} pairs with "
+                f"critiques by {items[0].critic!r} {which} are there: give critiques with a `score`, or leave it out"
+            )
+        return cls(statistics.fmean(scores), statistics.pstdev(scores))
+
+    def standardise(self, item: CritiquedPair) -> tuple[float, float]:
+        """A pair's scores on a scale of mean 0 and spread 1, chosen first; not-a-number where there is none."""
+        chosen, rejected = (
+            math.nan if score is None else (score - self.mean) / self.spread
+            for score in (item.chosen_score, item.rejected_score)
+        )
+        return chosen, rejected
+
+
 def encode_pairs(
-    items: Sequence[CritiquedPair], reward_model: RewardModel, *, config: TrainConfig
+    items: Sequence[CritiquedPair],
+    reward_model: RewardModel,
+    *,
+    config: TrainConfig,
+    score_scale: ScoreScale | None = None,
 ) -> tuple[list[TrainingPair], dict[str, int]]:
-    """Tokenize pairs as the model reads them.
+    """Tokenize pairs as the model reads them; with a scale, the critic's own scores become targets.
 
     Returns:
         The pairs, and by segment how many of them had it cut to the model's length.
@@ -69,7 +110,9 @@ def encode_pairs(
                 n_cut[name] += n > 0
             if predicted:
                 n_critiques = (len(segments.critiques[0]), len(segments.critiques[1]))
-        pairs.append(TrainingPair(encoded, n_critiques, critique_first=reward_model.reads.critique_first))
+        first = reward_model.reads.critique_first
+        scores = score_scale.standardise(item) if score_scale else (math.nan, math.nan)
+        pairs.append(TrainingPair(encoded, n_critiques, critique_first=first, scores=scores))
     return pairs, n_cut
 
 
@@ -121,8 +164,9 @@ def collate(pairs: list[TrainingPair]) -> dict[str, Any]:
     """One packed row of several pairs, with the critique tokens to predict, as the Trainer passes it on.
 
     Returns:
-        The model's arguments; `margins` and `weights` (n_pairs,); and of each critique token to predict its position
-        in the row (`critique_tokens`), that of the token before it (`critique_sources`), its pair (`critique_pairs`).
+        The model's arguments; `margins` and `weights` (n_pairs,); `scores` (n_pairs, 2); and of each critique token to
+        predict its position in the row (`critique_tokens`), that of the token before it (`critique_sources`), its pair
+        (`critique_pairs`).
     """
     batch = pack([pair.encoded for pair in pairs])
     tokens: list[int] = []
@@ -146,6 +190,7 @@ def collate(pairs: list[TrainingPair]) -> dict[str, Any]:
         "groups": batch.groups,
         "margins": batch.margins,
         "weights": torch.tensor([pair.weight for pair in pairs]),
+        "scores": torch.tensor([pair.scores for pair in pairs]),
         "critique_tokens": torch.tensor(tokens, dtype=torch.long),
         "critique_sources": torch.tensor(sources, dtype=torch.long),
         "critique_pairs": torch.tensor(owners, dtype=torch.long),

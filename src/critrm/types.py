@@ -5,9 +5,9 @@
 Stages talk through files of these records (`store.py` reads and writes them).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 Side = Literal["chosen", "rejected"]
@@ -80,7 +80,8 @@ class Critique:
     seconds: float = 0.0
     finish_reason: str = ""
     score: float | None = None
-    """The critic's own 0-10 rating, where an imported file carries one. Never read by a reward model."""
+    """The critic's own 0-10 rating, where an imported file carries one. A reward model may learn from it, and never
+    reads it."""
     failure: str = ""
     """Why there is no text; empty for a critique that can be used."""
 
@@ -93,6 +94,16 @@ class CritiquedPair:
     critic: str = NO_CRITIC
     chosen_critique: str = ""
     rejected_critique: str = ""
+    chosen_score: float | None = None
+    """The critic's own score of the completion, where it gave one; a target of training, and nothing that is read."""
+    rejected_score: float | None = None
+
+    def content(self, *, with_scores: bool = False) -> dict[str, Any]:
+        """What a reward model reads of it, for content hashes; `with_scores` for a training that learns from them."""
+        found = asdict(self)
+        if not with_scores:
+            del found["chosen_score"], found["rejected_score"]
+        return found
 
     def critique(self, side: Side) -> str:
         """The critique of one side; empty in the No-Critiques arm."""

@@ -7,7 +7,7 @@ critique alone, which costs less.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -318,7 +318,7 @@ def zero_label_scores(
     names = (UNTRAINED_WHOLE,) if critic == NO_CRITIC else (UNTRAINED_ALONE, UNTRAINED_WHOLE)
     asked = _asked(max_length or 0)
     keys = {
-        (name, i): content_hash(asked, backbone, name, asdict(item)) for name in names for i, item in enumerate(items)
+        (name, i): content_hash(asked, backbone, name, item.content()) for name in names for i, item in enumerate(items)
     }
     known = saved_scores(Path(path)) if path else {}
     todo = {name: [i for i in range(len(items)) if keys[name, i] not in known] for name in names}
