@@ -186,6 +186,11 @@ def test_critics_who_rate_the_same_responses_make_pairs_of_their_own(tmp_path: P
         (CLOUD | {"chosen_feedback": "Kind."}, "rejected_feedback", "missing"),
         (CLOUD | {"chosen_feedback": ["Kind.", " "], "rejected_feedback": "Rude."}, "chosen_feedback", "empty"),
         (CLOUD | {"chosen_feedback": "Kind.", "rejected_feedback": 3}, "rejected_feedback", "must be text"),
+        (
+            CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b", "chosen_score": "high"},
+            "chosen_score",
+            "no number",
+        ),
         (CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b", "prompt": None}, "prompt", "missing"),
         (CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b", "chosen": " "}, "response", "empty"),
         (CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b", "prompt": ""}, "prompt", "empty"),

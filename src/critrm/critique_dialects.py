@@ -100,14 +100,18 @@ CLOUD_NAMES = ("feedback", "critique", "critiques")
 
 
 def _cloud(row: Fields) -> Group:
-    """CLoud: a preference pair in any dialect, with `chosen_feedback` and `rejected_feedback` (text or a list)."""
+    """CLoud: a preference pair in any dialect, with `chosen_feedback` and `rejected_feedback` (text or a list).
+
+    What `critrm push` makes is such a file, too; its `chosen_score` and `rejected_score` are the critic's own.
+    """
     name = next((name for name, (matches, _) in DIALECTS.items() if matches(row)), "critrm")
     fields = DIALECTS[name][1](row)
     responses = []
     for side, grade in (("chosen", 1.0), ("rejected", 0.0)):
         column = _column(row, *(f"{side}_{name}" for name in CLOUD_NAMES))
         critiques = _texts(row.get(column), column)
-        responses.append(Response(fields[side], critiques, (None,) * len(critiques), grade))
+        score = None if row.get(f"{side}_score") is None else _number(row[f"{side}_score"], f"{side}_score")
+        responses.append(Response(fields[side], critiques, (score,) * len(critiques), grade))
     return Group(prompt=fields["prompt"], responses=tuple(responses), critic=_critic(row, "critic"), is_pair=True)
 
 

@@ -144,7 +144,8 @@ def pairs_card(
         "## Columns",
         "`prompt`, `chosen` and `rejected` are messages (TRL's conversational preference format), `id`, `rating`, "
         "`margin`, `source`, `subset` those of the pairs, empty where they had none. `chosen_critique` and "
-        "`rejected_critique` are text, `critic` says by whom.",
+        "`rejected_critique` are text, `chosen_score` and `rejected_score` the critic's own scores where it gave some, "
+        "`critic` says by whom.",
         "\n".join(markdown_table(["source", "pairs"], [[name, str(n)] for name, n in sources.most_common()])),
         *_beside(beside),
         "## How to use it",
