@@ -25,7 +25,7 @@ from critrm.readings import Readings
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import content_hash, mark_stage_done, read_records, stage_is_done, write_manifest, write_records
 from critrm.training_data import ScoreScale, TrainingPair, drop_critiques, encode_pairs, margin_of
-from critrm.types import CritiquedPair, Score
+from critrm.types import NO_CRITIC, CritiquedPair, Score
 from critrm.zero_label import CUE, reading_direction
 
 
@@ -102,11 +102,13 @@ def train_reward_model(
     _check(pairs, held_out, config)
     rate = config.learning_rates[0] if learning_rate is None else learning_rate
     facts = run_facts(config, seed=seed, rate=rate, max_length=max_length)
-    parts, with_scores = (pairs, held_out) if config.keep == "best" else (pairs,), config.score_weight > 0
+    parts = (pairs, held_out) if config.keep == "best" else (pairs,)
+    with_scores = config.score_weight > 0 and pairs[0].critic != NO_CRITIC
     fingerprint = content_hash(facts, *([item.content(with_scores=with_scores) for item in part] for part in parts))
     if stage_is_done(out, fingerprint):
         return _read_result(out)
 
+    scale = ScoreScale.of(pairs) if with_scores else None
     reads = Reads(
         critic=pairs[0].critic,
         max_length=max_length,
@@ -117,7 +119,6 @@ def train_reward_model(
     )
     # Loaded and let go before the model that is trained, which takes as much memory.
     direction = reading_direction(config.backbone) if config.frozen else None
-    scale = ScoreScale.of(pairs) if with_scores else None
     with failure_advice(out):
         reward_model = fresh_model(config, reads, seed=seed)
         arm = drop_critiques(pairs, config.critique_dropout, seed=seed)
@@ -126,8 +127,8 @@ def train_reward_model(
             kept = Readings(readings or out / "checkpoints")
             outcome = _fit(reward_model, config, encoded, direction, out=out, seed=seed, readings=kept, console=console)
         else:
-            part = held_out if config.keep == "best" else ()
-            tested = encode_pairs(part, reward_model, config=config, score_scale=scale)[0]
+            left_out = held_out if config.keep == "best" else ()
+            tested, _ = encode_pairs(left_out, reward_model, config=config, score_scale=scale)
             trainer, note = make_trainer(
                 reward_model, config, encoded=encoded, held_out=tested, out=out, seed=seed, rate=rate, console=console
             )
