@@ -61,16 +61,25 @@ def test_a_judges_verdicts_are_critiques_with_its_ratings_as_scores(tmp_path: Pa
     write_records(
         path,
         [
-            Verdict(pair_id="a", side="chosen", judge="gpt", likert=8.0, critique="Right.", reply="Right.\nScore: 8"),
+            Verdict(pair_id="a", side="chosen", judge="gpt", likert=8.0, critique="Right.", critic="gpt"),
             Verdict(pair_id="a", side="rejected", judge="gpt", likert=None, critique="Vague.", unscored="no score"),
             Verdict(pair_id="b", side="chosen", judge="gpt", likert=None, unscored="http 500"),
+            Verdict(pair_id="b", side="rejected", judge="gpt", likert=3.0, critique="Rude.", critic="human"),
         ],
     )
     found = [(each.critic, each.text, each.score, each.failure) for each in read_critiques(path)]
-    assert found == [("gpt", "Right.", 8.0, ""), ("gpt", "Vague.", None, ""), ("gpt", "", None, "http 500")]
+    assert found == [
+        ("gpt", "Right.", 8.0, ""),
+        ("gpt", "Vague.", None, ""),
+        ("gpt", "", None, "http 500"),
+        ("human", "Rude.", 3.0, ""),
+    ]
     write_records(path, [Verdict(pair_id="a", side="chosen", judge="gpt", likert=8.0, reply="8")])
-    with pytest.raises(DataError, match="field 'critique': empty"):
+    with pytest.raises(DataError, match="a rating alone: run `critrm judge --with-critique`"):
         read_critiques(path)
+    # Only a verdict is by its judge.
+    write_lines(path, row(judge="somebody"))
+    assert read_critiques(path)[0].critic == "verdicts"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +196,7 @@ def test_critics_who_rate_the_same_responses_make_pairs_of_their_own(tmp_path: P
         (CLOUD | {"chosen_feedback": ["Kind.", " "], "rejected_feedback": "Rude."}, "chosen_feedback", "empty"),
         (CLOUD | {"chosen_feedback": "Kind.", "rejected_feedback": 3}, "rejected_feedback", "must be text"),
         (
-            CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b", "chosen_score": "high"},
+            CLOUD | {"chosen_feedback": "a", "rejected_feedback": "b", "chosen_score": "high", "critic": "c"},
             "chosen_score",
             "no number",
         ),

@@ -65,6 +65,8 @@ def arm(tmp_path_factory):
                 critic="c",
                 chosen_critique="good " * (1 + n % 5),
                 rejected_critique="bad",
+                chosen_score=n % 5,
+                rejected_score=None if n % 7 == 0 else 1,
             )
             for n in range(27)
         ],
@@ -102,7 +104,7 @@ ACCELERATE = [
     "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
 ]  # fmt: skip
-LOSSES = ("--center-weight", "0.1", "--lm-weight", "0.1", "--critique-dropout", "0.2")
+LOSSES = ("--center-weight", "0.1", "--lm-weight", "0.1", "--score-weight", "0.5", "--critique-dropout", "0.2")
 
 
 def _curve(out: Path) -> list[float]:

@@ -88,6 +88,7 @@ def test_with_critique_the_judge_writes_it_first(cache: CritiqueCache) -> None:
     chat = by_completion({"a": "Right, and short.\n\nScore: 9", "b": "Wrong.\n\nScore: 2"})
     verdicts = judged([pair("p", "a", "b")], chat, cache, with_critique=True)
     assert [(each.likert, each.critique) for each in verdicts] == [(9, "Right, and short."), (2, "Wrong.")]
+    assert {each.critic for each in verdicts} == {verdicts[0].judge}
     assert "Please provide a critique of the last response" in text_of(chat.calls[0])
 
 
@@ -107,6 +108,7 @@ def test_given_critiques_are_shown_and_a_missing_one_is_unscored(cache: Critique
     verdicts = judged(made, chat, cache, critiques=rows, on_answer=told.append)
     assert [each.likert for each in verdicts] == [9, 1, 9, None, None, 1]
     assert verdicts[0].critique == "Splendid." and verdicts[3].unscored == "no critique to read"
+    assert verdicts[0].critic == rows[0].critic != verdicts[0].judge
     assert len(chat.calls) == 4 and sum(told) == 6
 
 

@@ -13,6 +13,7 @@ import yaml
 from critrm.config import Recipe, data_path, load_recipe
 from critrm.errors import ConfigError, CriticError, DataError, ModelError
 from critrm.pipeline import command, run_recipe, share_run
+from critrm.preferences import read_pairs
 from critrm.types import NO_CRITIC
 from critrm.work_sharing import claim
 from scripted_server import completion, serving
@@ -158,14 +159,30 @@ def test_a_critic_that_left_out_a_score_is_not_blended(tiny_model, tmp_path):
 
 
 def test_scores_that_a_critic_does_not_give_stop_a_run_before_it_trains(tiny_model, tmp_path):
-    recipe = Recipe.model_validate(_recipe(tiny_model, score_weight=1.0))
-    with pytest.raises(ConfigError, match="with critiques by 'tiny' none are there"):
-        run_recipe(recipe, out=tmp_path)
+    recipe = _recipe(tiny_model, score_weight=1.0)
+    with pytest.raises(ValueError, match="score_weight learns critics' own scores, and tiny will give none"):
+        Recipe.model_validate(recipe)
+    del recipe["critique"]["critics"]["tiny"]
+    rows = [json.loads(line) for line in data_path("bundled:mini-frontier-llm.jsonl").read_text().splitlines()]
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps({**row, "score": None}) + "\n" for row in rows))
+    both = {"plain": {"file": str(plain)}} | recipe["critique"]["critics"]
+    with pytest.raises(ConfigError, match="the critiques by 'plain' of these 24 pairs carry none"):
+        run_recipe(Recipe.model_validate(recipe | {"critique": {"critics": both}}), out=tmp_path / "both")
     assert not list(tmp_path.rglob("*.safetensors"))
-    alone = _recipe(tiny_model, score_weight=1.0)
-    del alone["critique"]["critics"]["tiny"]
-    results = run_recipe(Recipe.model_validate(alone), out=tmp_path)
-    assert set(results["learning_rates"]) == {NO_CRITIC, "frontier-llm"}
+    for source in (recipe["preferences"]["train"], recipe["preferences"]["test"]["mini"]):
+        source["limit"] = 8
+    run_recipe(Recipe.model_validate(recipe), out=tmp_path / "alone")
+    weights = next((tmp_path / "alone").glob("train/frontier-llm/*/model/model.safetensors"))
+    stamp = weights.stat().st_mtime_ns
+    # Other scores of test pairs are no other training, those of training pairs are.
+    for split, is_other in (("test", False), ("train", True)):
+        ids = {pair.id for pair in read_pairs(data_path("bundled:mini-pairs.jsonl"), split=split).pairs}
+        changed = [{**row, "score": 10 - row["score"]} if row["pair_id"] in ids else row for row in rows]
+        plain.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        recipe["critique"] = {"critics": {"frontier-llm": {"file": str(plain)}}}
+        run_recipe(Recipe.model_validate(recipe), out=tmp_path / "alone")
+        assert (weights.stat().st_mtime_ns != stamp) == is_other
 
 
 def test_a_backbone_that_cannot_be_asked_costs_a_row_of_the_table(tiny_model, tmp_path, monkeypatch):

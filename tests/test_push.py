@@ -222,6 +222,8 @@ def test_pairs_come_back_as_they_were(data_dir, tmp_path):
     assert [item.pair for item in again] == [replace(item.pair, split="") for item in before]
     for side in ("chosen", "rejected"):
         assert [item.critique(side).strip() for item in again] == [item.critique(side).strip() for item in before]
+    scores = [(item.chosen_score, item.rejected_score) for item in before]
+    assert [(item.chosen_score, item.rejected_score) for item in again] == scores and None not in scores[0]
     facts, text = metadata(out)
     assert facts["configs"][0]["data_files"] == [{"split": "test", "path": "data/test.jsonl"}]
     assert f"{len(before)} preference pairs" in text

@@ -83,7 +83,7 @@ def test_without_baselines_there_is_no_table(results):
 
 def test_a_blend_is_shown_with_its_reading_where_there_is_one(results):
     text = " ".join(shown(blends_table(results)).split())
-    assert f"mini, with {OWN_SCORE}" in text and "c[/x] 0.750 [.60, .86] +0.200 [" in text
+    assert f"mini, 40 pairs, with {OWN_SCORE}" in text and "c[/x] 0.750 [.60, .86] +0.200 [" in text
     assert UNTRAINED_WHOLE not in text, "nothing was blended with it"
     without = {label: {**group, "blends": {OWN_SCORE: {}}} for label, group in results["tests"]["mini"].items()}
     assert blends_table(results | {"tests": {"mini": without}}) is None

@@ -311,7 +311,7 @@ def test_the_critics_scores_are_learnt_where_they_are_asked_for_and_change_nothi
     assert all(score.chosen > score.rejected for score in scores), "other scores make it another run"
     bare = [CritiquedPair(pair=item.pair) for item in arm]
     train_reward_model(bare, asked, out=tmp_path / "bare")  # as with lm_weight, no critiques have nothing to teach
-    with pytest.raises(ConfigError, match="score_weight has the model learn the critic's own scores"):
+    with pytest.raises(ConfigError, match="score_weight needs the critic's own scores"):
         train_reward_model(arm, asked, out=tmp_path / "none")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from critrm.batching import EncodedPair
 from critrm.config import TrainConfig
-from critrm.errors import ConfigError
+from critrm.errors import ConfigError, DataError
 from critrm.reward_model import Reads, RewardModel
 from critrm.training_data import (
     EpochSampler,
@@ -70,10 +70,18 @@ def test_the_critics_scores_become_targets_of_mean_0_and_spread_1(tiny_model, ar
     assert all(math.isnan(score) for pair in unasked for score in pair.scores)
 
 
-@pytest.mark.parametrize(("score", "which"), [(None, "none are"), (5.0, "only equal ones are")])
-def test_scores_that_teach_nothing_are_an_error(arm, score, which):
-    with pytest.raises(ConfigError, match=f"by 'c' {which} there: give critiques with a `score`"):
-        ScoreScale.of([replace(item, chosen_score=score, rejected_score=score) for item in arm])
+@pytest.mark.parametrize(
+    ("score", "reason"),
+    [
+        (None, "'c' of these 3 pairs carry none: give critiques with a `score`"),
+        (5.0, "'c' of these 3 pairs carry all the same"),
+        *[(bad, "chosen_score.*must be finite numbers") for bad in ("8", True, math.nan, math.inf)],
+    ],
+)
+def test_scores_that_teach_nothing_are_an_error(arm, score, reason):
+    scored = [replace(item, chosen_score=score, rejected_score=score) for item in arm[:3]]
+    with pytest.raises((ConfigError, DataError), match=reason):
+        ScoreScale.of(scored)
 
 
 def test_pairs_that_are_cut_are_counted_by_segment(tiny_model, arm):

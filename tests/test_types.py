@@ -38,6 +38,13 @@ def test_the_sides_of_a_pair_and_of_its_critiques():
     assert (bare.critic, [bare.critique(side) for side in SIDES]) == (NO_CRITIC, ["", ""])
 
 
+def test_what_content_hashes_cover_is_what_it_was_before_there_were_scores():
+    item = CritiquedPair(pair=PAIR, critic="c", chosen_critique="good", rejected_critique="bad", chosen_score=7.0)
+    assert set(item.content()) == {"pair", "critic", "chosen_critique", "rejected_critique"}
+    assert item.content() == dataclasses.replace(item, chosen_score=1.0).content()
+    assert item.content(with_scores=True) == dataclasses.asdict(item)
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "outcome"),
     [

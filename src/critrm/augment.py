@@ -182,29 +182,28 @@ def _join(
     pairs: Sequence[PreferencePair], critic: str, rows: Sequence[Critique], dropped: dict[str, str]
 ) -> list[CritiquedPair | None]:
     """The pairs in their order with their critiques, None where one is missing: `dropped` learns why."""
-    texts: dict[Side, dict[str, str]] = {side: {} for side in SIDES}
+    usable: dict[Side, dict[str, Critique]] = {side: {} for side in SIDES}
     for row in rows:
         if not row.failure and row.text.strip():
-            texts[row.side][row.pair_id] = row.text
+            usable[row.side][row.pair_id] = row
     failures = {(row.pair_id, row.side): row.failure for row in rows if row.failure}
-    scores = {(row.pair_id, row.side): row.score for row in rows if row.score is not None}
     arm: list[CritiquedPair | None] = []
     for pair in pairs:
-        found = [texts[side].get(pair.id, "") for side in SIDES]
-        if all(found):
+        chosen, rejected = (usable[side].get(pair.id) for side in SIDES)
+        if chosen and rejected:
             arm.append(
                 CritiquedPair(
                     pair=pair,
                     critic=critic,
-                    chosen_critique=found[0],
-                    rejected_critique=found[1],
-                    chosen_score=scores.get((pair.id, "chosen")),
-                    rejected_score=scores.get((pair.id, "rejected")),
+                    chosen_critique=chosen.text,
+                    rejected_critique=rejected.text,
+                    chosen_score=chosen.score,
+                    rejected_score=rejected.score,
                 )
             )
             continue
         arm.append(None)
-        reason = f"no critique by {critic} of " + ("one side" if any(found) else "both sides")
+        reason = f"no critique by {critic} of " + ("one side" if chosen or rejected else "both sides")
         failure = next((failures[pair.id, side] for side in SIDES if (pair.id, side) in failures), "")
         if failure:
             # By kind: "http 500: ..." differs from row to row.

@@ -223,6 +223,10 @@ class TrainConfig(Section):
     report_to: tuple[str, ...] = ()
     """Loggers of transformers' Trainer: tensorboard, wandb, ..."""
 
+    def learns_scores_of(self, critic: str) -> bool:
+        """Whether an arm's training learns the critic's own scores; no critiques have none."""
+        return self.score_weight > 0 and critic != NO_CRITIC
+
     def of_arm(self, critic: str) -> "TrainConfig":
         """The settings of one arm: those about critiques are at their defaults where there are none."""
         if critic != NO_CRITIC:
@@ -325,6 +329,18 @@ class Recipe(Section):
         for name, grid in (self.study.grids if self.study else {}).items():
             if unknown := set(grid.critics or ()) - set(self.critique.arms):
                 raise ValueError(f"study: grid {name!r} names critics that are not there: {', '.join(sorted(unknown))}")
+        return self
+
+    @model_validator(mode="after")
+    def _scores_to_learn(self) -> "Recipe":
+        # Grids of a study may have other critics; each of their cells is a recipe of its own.
+        without = [name for name, critic in self.critique.critics.items() if not critic.files]
+        if self.train.score_weight and without and not self.study:
+            raise ValueError(
+                f"train: score_weight learns critics' own scores, and {', '.join(without)} will give none: "
+                "`critrm critique` asks for critiques alone. Let `critrm judge --with-critique` write critiques with "
+                "scores, and name its verdicts.jsonl as the critic's file"
+            )
         return self
 
     @model_validator(mode="after")

@@ -102,17 +102,19 @@ CLOUD_NAMES = ("feedback", "critique", "critiques")
 def _cloud(row: Fields) -> Group:
     """CLoud: a preference pair in any dialect, with `chosen_feedback` and `rejected_feedback` (text or a list).
 
-    What `critrm push` makes is such a file, too; its `chosen_score` and `rejected_score` are the critic's own.
+    What `critrm push` makes is such a file, too, and names a critic, whose own `chosen_score` and `rejected_score` are.
     """
     name = next((name for name, (matches, _) in DIALECTS.items() if matches(row)), "critrm")
     fields = DIALECTS[name][1](row)
-    responses = []
+    responses, critic = [], _critic(row, "critic")
     for side, grade in (("chosen", 1.0), ("rejected", 0.0)):
         column = _column(row, *(f"{side}_{name}" for name in CLOUD_NAMES))
         critiques = _texts(row.get(column), column)
-        score = None if row.get(f"{side}_score") is None else _number(row[f"{side}_score"], f"{side}_score")
+        # Without a critic's name, nobody knows whose scores these are.
+        name = f"{side}_score"
+        score = _number(row[name], name) if critic and row.get(name) is not None else None
         responses.append(Response(fields[side], critiques, (score,) * len(critiques), grade))
-    return Group(prompt=fields["prompt"], responses=tuple(responses), critic=_critic(row, "critic"), is_pair=True)
+    return Group(prompt=fields["prompt"], responses=tuple(responses), critic=critic, is_pair=True)
 
 
 def _critic(row: Fields, *names: str) -> str:

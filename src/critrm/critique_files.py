@@ -1,5 +1,6 @@
 """Critiques in: files that critrm wrote, existing critiques by pair id and side, and files with pairs and critiques."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ def read_critiques(path: str | Path, *, critic: str | None = None, dialect: str 
     seen: dict[tuple[str, Side, int], set[str]] = {}
     for number, row in read_rows(path):
         try:
-            critique = _read_row(row, critic or str(row.get("critic") or row.get("judge") or _stem(path)))
+            critique = _read_row(row, critic or _critic_of(row) or _stem(path))
         except DataError as error:
             raise DataError(error.reason, path=str(path), line=number, field=error.field) from None
         ids = seen.setdefault((critique.critic, critique.side, critique.sample), set())
@@ -82,8 +83,8 @@ def _dialect(path: str | Path, dialect: str) -> str:
 
 def _read_row(row: dict[str, Any], critic: str) -> Critique:
     pair_id, side, sample = row.get("pair_id"), row.get("side"), row.get("sample", 0)
-    # A judge's verdicts are read as well: its rating is the score of what it wrote before it.
-    grade = "score" if "score" in row or "likert" not in row else "likert"
+    # A judge's verdicts are read as well: its rating is the score of the critique that it wrote, or was given.
+    grade = "likert" if _is_verdict(row) else "score"
     score = row.get(grade)
     if not isinstance(pair_id, (str, int)) or isinstance(pair_id, bool) or pair_id == "":
         raise DataError("missing: which pair is it about?", field="pair_id")
@@ -91,14 +92,16 @@ def _read_row(row: dict[str, Any], critic: str) -> Critique:
         raise DataError(f"must be 'chosen' or 'rejected', not {side!r}", field="side")
     name = "critique" if "critique" in row else "text" if "text" in row else "critique"
     text, failure = row.get(name), str(row.get("failure") or "")
-    if text == "" and not failure:
+    if _is_verdict(row) and text == "":
         failure = str(row.get("unscored") or "")
+        if not failure:
+            raise DataError("a rating alone: run `critrm judge --with-critique` for critiques with ratings", field=name)
     if not isinstance(text, str):
         raise DataError("missing: it must be text", field=name)
     if not text.strip() and not failure:
         raise DataError("empty: leave the row out, or give the reason of a failed call in 'failure'", field=name)
-    if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
-        raise DataError(f"must be a number, not {score!r}", field=grade)
+    if score is not None and not _is_finite(score):
+        raise DataError(f"must be a finite number, not {score!r:.60}", field=grade)
     if isinstance(sample, bool) or not isinstance(sample, int) or sample < 0:
         raise DataError(f"must be a whole number from 0, not {sample!r}", field="sample")
     return Critique(
@@ -117,6 +120,21 @@ def _read_row(row: dict[str, Any], critic: str) -> Critique:
         score=score,
         failure=failure,
     )
+
+
+def _is_verdict(row: dict[str, Any]) -> bool:
+    return "likert" in row and "score" not in row
+
+
+def _critic_of(row: dict[str, Any]) -> str:
+    return str(row.get("critic") or (row.get("judge") if _is_verdict(row) else "") or "")
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of 400 digits
+        return False
 
 
 def _number(row: dict[str, Any], name: str) -> float:

@@ -112,10 +112,19 @@ def fit_head(
     differences = ends[:, 0] - ends[:, 1]
     spread = differences.square().mean(0).sqrt().clamp_min(1e-12)
     scale = (differences @ direction).square().mean().sqrt().clamp_min(1e-12)
-    # The level is taken out, which only the scores see: a head has no intercept.
-    ends = ends - ends.mean((0, 1))
-    features = torch.cat([ends / spread, (ends @ direction / scale)[..., None]], dim=2)
-    targets = torch.zeros_like(features[..., 0]) if scores is None or not score_weight else scores.double()
+
+    def features_of(read: torch.Tensor) -> torch.Tensor:
+        return torch.cat([read / spread, (read @ direction / scale)[..., None]], dim=-1)
+
+    features = features_of(differences)
+    # Scores have a level, which labels do not see and a head without an intercept cannot have: it is taken out.
+    sides = features_of(ends - ends.mean((0, 1))) if scores is not None and score_weight else None
+    targets = torch.zeros(0) if scores is None else scores.double()
+
+    def fit(kept: torch.Tensor, strength: float) -> torch.Tensor:
+        taught = None if sides is None else (sides[kept], targets[kept], score_weight)
+        return _fit(features[kept], margins[kept], strength, taught)
+
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     folds = [order[start::N_FOLDS] for start in range(min(N_FOLDS, len(order)))]
     found = []
@@ -124,31 +133,45 @@ def fit_head(
         for fold in folds if len(folds) > 1 else ():
             kept = torch.ones(len(features), dtype=torch.bool)
             kept[fold] = False
-            rewards = features[fold] @ _fit(features[kept], margins[kept], targets[kept], strength, score_weight)
-            losses += ranking_loss(rewards, margins[fold]).tolist()
-            n_right += int((rewards[:, 0] > rewards[:, 1]).sum())
+            rewards = features[fold] @ fit(kept, strength)
+            losses += _losses(rewards, margins[fold]).tolist()
+            n_right += int((rewards > 0).sum())
         loss = sum(losses) / len(losses) if losses else float("nan")
         found.append((loss, strength, n_right / max(len(losses), 1)))
     # A single pair leaves nothing to choose by: the strongest ridge, which leaves the backbone's own reading.
     loss, strength, accuracy = min(found, key=lambda each: each[0]) if len(folds) > 1 else found[0]
-    fitted = _fit(features, margins, targets, strength, score_weight)
+    fitted = fit(torch.ones(len(features), dtype=torch.bool), strength)
     weight = fitted[:-1] / spread + fitted[-1] / scale * direction
     return HeadFit(weight.float(), strength, loss, accuracy)
 
 
+def _losses(rewards: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
+    return ranking_loss(torch.stack([rewards, torch.zeros_like(rewards)], dim=1), margins)
+
+
 def _fit(
-    features: torch.Tensor, margins: torch.Tensor, targets: torch.Tensor, strength: float, score_weight: float
+    features: torch.Tensor,
+    margins: torch.Tensor,
+    strength: float,
+    taught: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    """Minimise the mean loss of the pairs plus `strength` times the square of all weights but the last."""
-    weight = torch.zeros(features.shape[2], dtype=features.dtype, requires_grad=True)
+    """Minimise the mean ranking loss plus `strength` times the square of all weights but the last.
+
+    Args:
+        features: (n_pairs, n), chosen minus rejected.
+        margins: (n_pairs,).
+        strength: the ridge's weight.
+        taught: with scores, the features of both sides (n_pairs, 2, n), the scores (n_pairs, 2), and their weight.
+    """
+    weight = torch.zeros(features.shape[1], dtype=features.dtype, requires_grad=True)
     optimiser = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
     def step() -> float:
         optimiser.zero_grad()
-        rewards = features @ weight
-        loss = ranking_loss(rewards, margins).mean() + strength * weight[:-1].square().sum()
-        if score_weight:
-            loss = loss + score_weight * score_loss(rewards, targets).mean()
+        loss = _losses(features @ weight, margins).mean() + strength * weight[:-1].square().sum()
+        if taught:
+            sides, scores, score_weight = taught
+            loss = loss + score_weight * score_loss(sides @ weight, scores).mean()
         # A trace of a penalty, without which separable pairs would drive the last weight to infinity.
         loss = loss + 1e-4 * weight[-1].square()
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -111,7 +111,7 @@ def judge_pairs(
         )
     )
     return [
-        _verdict(next(answers), "" if critique is None else critique.text, expected=expected)
+        _verdict(next(answers), critique, expected=expected)
         if is_asked
         else Verdict(pair_id=pair.id, side=side, likert=None, judge=judge, unscored="no critique to read")
         for (pair, side, critique), is_asked in zip(places, asked, strict=True)
@@ -142,8 +142,9 @@ def _expected(reply: Reply) -> float | None:
     return expected_rating(reply.text, reply.choices, cut=reply.finish_reason == "length")
 
 
-def _verdict(answer: Critique, given: str, *, expected: bool) -> Verdict:
+def _verdict(answer: Critique, given: Critique | None, *, expected: bool) -> Verdict:
     rating = read_rating(answer.text, cut=answer.finish_reason == "length")
+    critique, critic = (given.text, given.critic) if given else (rating.before, answer.critic if rating.before else "")
     written = None if answer.failure else rating.likert
     unscored = f"call failed: {answer.failure}" if answer.failure else rating.unscored
     if expected and written is not None and answer.score is None:
@@ -154,7 +155,8 @@ def _verdict(answer: Critique, given: str, *, expected: bool) -> Verdict:
         likert=answer.score if expected else written,
         rating=written if expected else None,
         judge=answer.critic,
-        critique=given or rating.before,
+        critique=critique,
+        critic=critic,
         reply=answer.text,
         unscored=unscored,
         key=answer.key,

@@ -147,7 +147,7 @@ class PairTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The mean loss of the rewards over the held-out pairs; the critiques' words do not count.
+        """The mean loss of the rewards over the held-out pairs; the critiques' words do not count, their scores do.
 
         Every process computes all of it: the pairs are few, and sharded models need all processes to take part.
         """

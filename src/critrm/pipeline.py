@@ -148,9 +148,9 @@ def _prepare(
             "a completion: give one of them `samples` and a temperature above 0"
         )
     augmented = _augment(run, sets, critiques)
-    if recipe.train.score_weight:  # Before the first arm is trained, which may take hours.
-        for name in recipe.critique.arms:
-            ScoreScale.of(augmented[TRAIN].arms[name])
+    for name, arm in augmented[TRAIN].arms.items():
+        if recipe.train.learns_scores_of(name):
+            ScoreScale.of(arm)  # now, and not when the arms before it are trained
     return critiques, augmented
 
 

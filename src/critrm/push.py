@@ -185,8 +185,8 @@ def _row(item: CritiquedPair) -> dict[str, object]:
         "subset": pair.subset,
         "chosen_critique": item.chosen_critique,
         "rejected_critique": item.rejected_critique,
-        "chosen_score": item.chosen_score,
-        "rejected_score": item.rejected_score,
+        "chosen_score": None if item.chosen_score is None else float(item.chosen_score),
+        "rejected_score": None if item.rejected_score is None else float(item.rejected_score),
         "critic": item.critic,
     }
 

@@ -77,11 +77,11 @@ def blends_table(results: Mapping[str, Any]) -> Table | None:
         for label, group in groups.items():
             if group["kind"] == "subset":
                 continue
-            for reading, blends in group["blends"].items():
+            for reading, blends in group.get("blends", {}).items():
                 if not blends:
                     continue
-                heading = f"{test if label == ALL else label}, with {reading}"
-                table.add_row(Text(heading, "bold"))
+                where = f"{test if label == ALL else label}, {group['n']} pairs"
+                table.add_row(Text(f"{where}, with {reading}", "bold"))
                 for critic, found in blends.items():
                     table.add_row(Text(f" {_name(critic)}"), *map(Text, accuracy_cells(found)))
                 table.add_section()
@@ -139,7 +139,7 @@ def _blends(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
     titles = ["blended with", *(title for critic in critics for title in (critic, "difference", "p"))]
     rows = []
     for test, groups in results["tests"].items():
-        for reading in groups[ALL]["blends"]:
+        for reading in groups[ALL].get("blends", {}):
             found = {label: group["blends"][reading] for label, group in groups.items()}
             if found[ALL]:
                 rows.append([reading, *[""] * (len(titles) - 1)])

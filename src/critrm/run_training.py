@@ -95,9 +95,9 @@ def _train_and_evaluate(
     if config.keep == "best":
         arm, held_out = split_held_out(arm, config.n_held_out)
         facts["n_held_out"] = config.n_held_out
-    with_scores = config.score_weight > 0
+    learnt = config.learns_scores_of(critic)  # those of the training pairs; test pairs' are read by nobody
     data = {
-        name: [item.content(with_scores=with_scores) for item in found.arms[critic]]
+        name: [item.content(with_scores=learnt and name == TRAIN) for item in found.arms[critic]]
         for name, found in augmented.items()
     }
     benchmarks = {name: source.benchmark for name, source in run.recipe.preferences.test.items()}

@@ -78,9 +78,9 @@ def _trial(
     folder = out / f"learning-rate-{rate:g}"
     config = config.model_copy(update={"keep": "last"})
     facts = run_facts(config, seed=config.seeds[0], rate=rate, max_length=max_length)
-    with_scores = config.score_weight > 0
+    learnt = config.learns_scores_of(rest[0].critic)
     fingerprint = content_hash(
-        facts, *([item.content(with_scores=with_scores) for item in part] for part in (rest, held_out))
+        facts, [item.content(with_scores=learnt) for item in rest], [item.content() for item in held_out]
     )
     marker = folder / "sweep"
     if not stage_is_done(marker, fingerprint):

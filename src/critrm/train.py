@@ -25,7 +25,7 @@ from critrm.readings import Readings
 from critrm.reward_model import Reads, RewardModel
 from critrm.store import content_hash, mark_stage_done, read_records, stage_is_done, write_manifest, write_records
 from critrm.training_data import ScoreScale, TrainingPair, drop_critiques, encode_pairs, margin_of
-from critrm.types import NO_CRITIC, CritiquedPair, Score
+from critrm.types import CritiquedPair, Score
 from critrm.zero_label import CUE, reading_direction
 
 
@@ -103,7 +103,7 @@ def train_reward_model(
     rate = config.learning_rates[0] if learning_rate is None else learning_rate
     facts = run_facts(config, seed=seed, rate=rate, max_length=max_length)
     parts = (pairs, held_out) if config.keep == "best" else (pairs,)
-    with_scores = config.score_weight > 0 and pairs[0].critic != NO_CRITIC
+    with_scores = config.learns_scores_of(pairs[0].critic)
     fingerprint = content_hash(facts, *([item.content(with_scores=with_scores) for item in part] for part in parts))
     if stage_is_done(out, fingerprint):
         return _read_result(out)

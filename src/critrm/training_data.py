@@ -12,7 +12,7 @@ import torch
 from critrm.augment import segment_pair, text_encoder
 from critrm.batching import EncodedPair, pack
 from critrm.config import TrainConfig
-from critrm.errors import ConfigError
+from critrm.errors import ConfigError, DataError
 from critrm.reward_model import RewardModel
 from critrm.types import NO_CRITIC, CritiquedPair
 
@@ -64,13 +64,18 @@ class ScoreScale:
 
         Raises:
             ConfigError: they carry no scores, or all the same.
+            DataError: a score is no finite number.
         """
         scores = [score for item in items for score in (item.chosen_score, item.rejected_score) if score is not None]
+        # Arms are read from files as they are.
+        if bad := [score for score in scores if type(score) not in (int, float) or not math.isfinite(score)]:
+            raise DataError(f"must be finite numbers, not {bad[0]!r:.60}", field="chosen_score, rejected_score")
         if len(set(scores)) < 2:
-            which = "only equal ones" if scores else "none"
+            which = "all the same" if scores else "none"
             raise ConfigError(
-                f"score_weight has the model learn the critic's own scores, and in the {len(items)} pairs with "
-                f"critiques by {items[0].critic!r} {which} are there: give critiques with a `score`, or leave it out"
+                f"score_weight needs the critic's own scores, and the critiques by {items[0].critic!r} of these "
+                f"{len(items)} pairs carry {which}: give critiques with a `score`, such as those of `critrm judge "
+                "--with-critique`, or leave out score_weight"
             )
         return cls(statistics.fmean(scores), statistics.pstdev(scores))
 

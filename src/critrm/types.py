@@ -80,7 +80,7 @@ class Critique:
     seconds: float = 0.0
     finish_reason: str = ""
     score: float | None = None
-    """The critic's own 0-10 rating, where an imported file carries one. A reward model may learn from it, and never
+    """The critic's own rating, on the scale of the file that it comes from. A reward model may learn from it, and never
     reads it."""
     failure: str = ""
     """Why there is no text; empty for a critique that can be used."""
@@ -99,7 +99,7 @@ class CritiquedPair:
     rejected_score: float | None = None
 
     def content(self, *, with_scores: bool = False) -> dict[str, Any]:
-        """What a reward model reads of it, for content hashes; `with_scores` for a training that learns from them."""
+        """What content hashes of reward models cover; the scores, too, of a training that learns from them."""
         found = asdict(self)
         if not with_scores:
             del found["chosen_score"], found["rejected_score"]
@@ -153,6 +153,8 @@ class Verdict:
     """The rating as the reply has it, where `likert` is the expected one; else None."""
     critique: str = ""
     """What the judge wrote before the rating, or the critique that it was given; empty for a rating alone."""
+    critic: str = ""
+    """Who wrote the critique: the judge, or the critic whose critique it was given; empty for a rating alone."""
     reply: str = ""
     """The judge's whole reply; empty for a failed call and for a recorded rating."""
     unscored: str = ""

@@ -40,6 +40,7 @@ def recorded_verdicts(critiques: Iterable[Critique]) -> list[Verdict]:
                 likert=None if reason or score is None else float(score),
                 judge=critique.critic,
                 critique=critique.text,
+                critic=critique.critic,
                 unscored=reason,
                 key=critique.key,
             )
