@@ -83,3 +83,13 @@ def test_curves_join_cells_that_differ_in_their_pairs_alone(tmp_path):
 def test_each_critic_has_its_own_colour_and_mark(drawn):
     figure3 = next(figure for figure in drawn[0] if figure.key == "figure3")
     assert len(set(re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 1\.3", figure3.svg))) == 2
+
+
+def test_panels_of_one_backbone_say_which_setting_they_show(tmp_path):
+    grids = {
+        "as-it-is": {"sizes": [20, 40]},
+        "dropped": {"sizes": [20, 40], "change": {"train": {"critique_dropout": 0.5}}},
+    }
+    found, _ = figures(read_report(made_study(tmp_path, gains={"k": 1.0}, grids=grids)))
+    figure3 = next(figure for figure in found if figure.key == "figure3")
+    assert all(f"<!-- {name} -->" in figure3.svg or f">{name}<" in figure3.svg for name in grids)

@@ -195,13 +195,22 @@ def _scaling(
     for axes, (cells, test, label) in zip(all_axes, panels, strict=True):
         handles = _curves(axes, cells, test, label, places=places, dashed=dashed, report=report)
         names = handles | names
-        title = _where(test, label)
-        axes.set_title(title if len(curves) == 1 else f"{shown_name(cells[0].backbone_name)}\n{title}", loc="left")
+        axes.set_title("\n".join(filter(None, (_whose(cells, curves), _where(test, label)))), loc="left")
     n_entries = max(1, int(n_columns * width / 2.4))  # an entry takes about 2.4 inches
     figure.legend(
         names.values(), names.keys(), loc="outside lower center", ncols=n_entries, frameon=False, handlelength=3
     )
     return figure
+
+
+def _whose(cells: Sequence[ReportCell], curves: Sequence[Sequence[ReportCell]]) -> str:
+    """What tells a curve from the others: its backbone, and its grids where another setting has the same backbone."""
+    if len(curves) == 1:
+        return ""
+    backbone = cells[0].backbone_name
+    grids = ", ".join(dict.fromkeys(shown_name(cell.grid) for cell in cells))
+    is_shared = sum(each[0].backbone_name == backbone for each in curves) > 1
+    return f"{shown_name(backbone)}\n{grids}" if is_shared else shown_name(backbone)
 
 
 def _curves(
