@@ -194,14 +194,16 @@ def test_a_plan_says_what_is_left_and_what_it_takes(finished, tiny_model, tmp_pa
 
 def test_a_frozen_backbone_is_planned_as_reading_and_reads_no_pair_twice(tiny_model, tmp_path, monkeypatch):
     frozen = {"train": {"frozen": True, "learning_rates": [1e-5]}}
+    again = {"train": frozen["train"] | {"critique_dropout": 0.2}}
     grids = {"trained": {"sizes": [16, 8]}, "frozen": {"sizes": [16, 8], "change": frozen}}
+    grids |= {"again": {"sizes": [16], "change": again}}
     recipe = Recipe.model_validate(_recipe(tiny_model, grids=grids))
     cells = estimate_study(recipe, out=tmp_path, tflops=1.0).cells
     hours = {(each.cell.grid, each.cell.n_train): each.hours for each in cells}
     # Two seeds that train and test, and a backbone that reads once, for both sizes and seeds, what the larger set has.
     trained = hours["trained", 16] / 2
     eight_pairs = (hours["trained", 16] - hours["trained", 8]) / 2
-    assert hours["frozen", 8] == 0
+    assert hours["frozen", 8] == hours["again", 16] == 0
     assert hours["frozen", 16] == pytest.approx(trained - eight_pairs * 2 * 2 / 3, rel=0.05)
     seen, own = [], readings._read
     monkeypatch.setattr(readings, "_read", lambda model, pairs, n: seen.append(len(pairs)) or own(model, pairs, n))

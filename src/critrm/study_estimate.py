@@ -121,8 +121,10 @@ def _estimate_cell(
         critique = _critique_tokens(config.critique, critic) if critic != NO_CRITIC else 0.0
         n_train, n_tests, per_token = cell.n_train * config.train.n_epochs, len(tests), FLOPS_TRAIN
         if config.train.frozen:
-            n_train = _not_read_yet(n_train, read, cell.family, critic, every)
-            n_tests = _not_read_yet(n_tests, read, cell.family, critic)
+            # Whatever else a grid changes, the texts are those that others read as well.
+            how = content_hash(cell.backbone, config.augment.max_length, config.train.of_arm(critic).critique_first)
+            n_train = _not_read_yet(n_train, read, how, critic, every)
+            n_tests = _not_read_yet(n_tests, read, how, critic)
             # A mixture's texts are those of its critics, which are arms of the cell as well.
             left, per_token = min(left, 1) * (critic not in config.critique.mixtures), FLOPS_SCORE
         train = n_train * (_mean_tokens(pairs) + 2 * critique)
