@@ -1,11 +1,14 @@
 """Replies written many at a time are those written alone, whatever their prompts have in common."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from critrm import models
+from critrm import generation, models
 from critrm.attention import PACKED_ATTENTION
 from critrm.generation import Row, Writer, generate
 from critrm.llm import Sampling
@@ -79,3 +82,60 @@ def test_the_common_beginning_is_read_once(writer, monkeypatch):
     others = [list(range(200, 290))]
     written(writer, [head + [3] * 10, head + [4] * 10, *others], batch_size=8)
     assert read[0] == 80 + 10 + 10 + 90
+
+
+class TestSeveralThreads:
+    """On a CPU with several cores, rows are written by several threads."""
+
+    @pytest.fixture(autouse=True)
+    def three_threads(self, monkeypatch):
+        monkeypatch.setattr(generation, "MIN_ROWS", 2)
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        yield
+        torch.set_num_threads(before)
+
+    @settings(max_examples=15, deadline=None)
+    @given(
+        st.lists(st.lists(st.integers(20, 23), min_size=1, max_size=40), min_size=6, max_size=14),
+        st.integers(1, 12),
+    )
+    def test_the_replies_are_those_of_one(self, writer, prompts, batch_size):
+        assert written(writer, prompts, batch_size=batch_size) == [plainly(writer, prompt) for prompt in prompts]
+
+    def test_each_thread_has_its_share_of_cores_and_rows_and_others_keep_theirs(self, writer, monkeypatch):
+        seen = {}
+        forward = writer.model.forward
+
+        def watched(*args, **kwargs):
+            seen.setdefault(threading.current_thread(), set()).add(torch.get_num_threads())
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(writer.model, "forward", watched)
+        written(writer, [[20 + i, 30, 31] for i in range(9)], batch_size=9)
+        assert len(seen) == 3
+        assert set.union(*seen.values()) == {1}
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+
+    def test_what_fails_in_one_of_them_is_raised_and_ends_the_others(self, writer, monkeypatch):
+        forward = writer.model.forward
+
+        def failing(*args, **kwargs):
+            if 99 in kwargs["input_ids"]:
+                raise RuntimeError("no more memory")
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(writer.model, "forward", failing)
+        with pytest.raises(RuntimeError, match="no more memory"):
+            written(writer, [*([20 + i, 30] for i in range(8)), [99, 30]], batch_size=3)
+        assert not any(thread.name == "critrm-writer" for thread in threading.enumerate())
+
+    def test_who_listens_no_longer_ends_them(self, writer):
+        rows = [Row(str(i), [20 + i, 30], GREEDY.max_tokens, GREEDY.seed) for i in range(40)]
+        stream = generate(writer, rows, sampling=GREEDY, batch_size=3)
+        assert next(stream)
+        stream.close()
+        assert not any(thread.name == "critrm-writer" for thread in threading.enumerate())
+        assert any(not row.finish_reason for row in rows)

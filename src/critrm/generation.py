@@ -1,13 +1,15 @@
 """Writes replies with a language model: many at once, reading what prompts have in common once.
 
 Made for CPUs, where reading the prompt costs as much as writing the reply: prompts are read without padding, what
-several of them begin with (the two completions of a pair have one conversation) is read once, and rows that are done
-give their place in the batch to waiting ones.
+several of them begin with (the two completions of a pair have one conversation) is read once, rows that are done
+give their place in the batch to waiting ones, and each core writes rows of its own.
 """
 
 import hashlib
 import itertools
+import queue
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -28,7 +30,11 @@ READ_TOKENS = 2048
 MIN_SHARED = 16
 """So many more tokens in common than all prompts have make it worth reading them once."""
 MAX_CACHED_TOKENS = 65_536
-"""Bound on rows x width of the key-value cache: 1.5 GB for SmolLM2-135M in bf16."""
+"""Bound on rows x width of the key-value caches: 1.5 GB for SmolLM2-135M in bf16."""
+MAX_WRITERS = 4
+"""So many threads write at once on a CPU; between their operations Python lets only one of them go on."""
+MIN_ROWS = 16
+"""A thread is worth starting for so many rows."""
 REFILL_BELOW = 0.75
 """The batch is packed anew when fewer of its rows than this are still being written."""
 
@@ -78,12 +84,28 @@ class Row:
 
 
 def generate(writer: Writer, rows: list[Row], *, sampling: Sampling, batch_size: int) -> Iterator[list[Row]]:
-    """Write the replies of all rows, and yield rows as they are done."""
-    waiting = deque(_order(rows))
+    """Write the replies of all rows, `batch_size` at a time, and yield rows as they are done.
+
+    On a CPU several threads write, each with some of the rows and of the cores: one token takes too little to be
+    divided among cores. Which rows are written together depends on nothing but the rows and the number of threads.
+    """
+    n = min(torch.get_num_threads(), MAX_WRITERS, len(rows) // MIN_ROWS) if writer.model.device.type == "cpu" else 1
+    shares = _deal(_order(rows), max(1, n))
+    if len(shares) == 1:
+        yield from _generate(writer, shares[0], sampling, batch_size, MAX_CACHED_TOKENS)
+    else:
+        size, n_tokens = -(-batch_size // n), MAX_CACHED_TOKENS // n
+        yield from _side_by_side([_generate(writer, share, sampling, size, n_tokens) for share in shares])
+
+
+def _generate(
+    writer: Writer, rows: list[Row], sampling: Sampling, batch_size: int, max_cached_tokens: int
+) -> Iterator[list[Row]]:
+    waiting = deque(rows)
     live: list[Row] = []
     while waiting or live:
         width = max(row.n_seen + row.max_tokens for row in (*live, *itertools.islice(waiting, 1)))
-        n_places = max(1, min(batch_size, MAX_CACHED_TOKENS // width))
+        n_places = max(1, min(batch_size, max_cached_tokens // width))
         joining = [waiting.popleft() for _ in range(min(len(waiting), max(0, n_places - len(live))))]
         for families in _portions(joining):
             _read_prompts(writer, families, sampling)
@@ -91,6 +113,65 @@ def generate(writer: Writer, rows: list[Row], *, sampling: Sampling, batch_size:
         _write(writer, [row for row in live if not row.finish_reason], sampling)
         yield [row for row in live if row.finish_reason]
         live = [row for row in live if not row.finish_reason]
+
+
+def _deal(rows: list[Row], n: int) -> list[list[Row]]:
+    """Rows in `_order` in up to n parts of about as many tokens; a family larger than a part is cut."""
+    parts: list[list[Row]] = [[] for _ in range(n)]
+    n_tokens, largest = [0] * n, -(-len(rows) // n)
+    for _, group in itertools.groupby(rows, key=lambda row: row.family):
+        family = list(group)
+        for start in range(0, len(family), largest):
+            chunk, least = family[start : start + largest], n_tokens.index(min(n_tokens))
+            parts[least] += chunk
+            n_tokens[least] += sum(len(row.prompt) + row.max_tokens for row in chunk)
+    return [part for part in parts if part] or [[]]
+
+
+_SETTING_THREADS = threading.Lock()
+
+
+def _side_by_side(streams: list[Iterator[list[Row]]]) -> Iterator[list[Row]]:
+    """What all streams yield, each of them computed in a thread of its own with its share of torch's threads."""
+    found: queue.SimpleQueue[list[Row] | Exception | None] = queue.SimpleQueue()
+    ready, stop = threading.Semaphore(0), threading.Event()
+
+    def run(stream: Iterator[list[Row]]) -> None:
+        torch.get_num_threads()  # a thread's first look sets the number to everybody's: it must not come after ours
+        torch.set_num_threads(n_each)
+        ready.release()
+        try:
+            for rows in stream:
+                found.put(rows)
+                if stop.is_set():
+                    break
+        except Exception as error:
+            found.put(error)
+        found.put(None)
+
+    threads = [threading.Thread(target=run, args=(stream,), name="critrm-writer") for stream in streams]
+    # The number is each thread's own, and what threads to come begin with: that is as before when all have started.
+    with _SETTING_THREADS:
+        n_threads = torch.get_num_threads()
+        n_each = max(1, n_threads // len(streams))
+        for thread in threads:
+            thread.start()
+            ready.acquire()
+        torch.set_num_threads(n_threads)
+    try:
+        n_running = len(threads)
+        while n_running:
+            rows = found.get()
+            if isinstance(rows, Exception):
+                raise rows
+            if rows is None:
+                n_running -= 1
+            else:
+                yield rows
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def _order(rows: list[Row]) -> list[Row]:
