@@ -357,7 +357,7 @@ def test_failures_that_were_billed_count_when_they_are_asked_again(cache: Critiq
         n_paid += len(chat.calls)
         assert purse.spent == pytest.approx(n_paid * 0.03)
     assert n_paid == 4
-    purse = open_purse(0.13, pairs, critics={"scripted": config}, cache=cache)
+    purse = open_purse(0.13, [(pairs, config)], cache=cache)
     assert purse and purse.spent == purse.spent_before == pytest.approx(0.12)
     found = estimate_critiques(pairs, config, critic="scripted", cache=cache, retry_failed=True)
     assert (found.n_calls, found.n_cached, found.paid) == (2, 0, pytest.approx(0.12))

@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import yaml
 
 from critrm.config import Recipe, data_path, load_recipe
+from critrm.critique_files import read_critiques
 from critrm.errors import ConfigError, CriticError, DataError, ModelError
 from critrm.pipeline import command, run_recipe, share_run
 from critrm.preferences import read_pairs
@@ -284,6 +287,33 @@ def test_a_dry_run_lists_all_critics_and_leaves_no_run_folder(tiny_model, tmp_pa
     assert calls == {"tiny": "88", "command-r": "88", "self": "176", "all": "352"}
     assert any("tiny: in by the model's own tokenizer" in line for line in lines)
     assert not (tmp_path / "run").exists()
+
+
+def test_rewards_averaged_over_critiques_take_more_of_test_pairs_alone(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    recipe = _recipe(tiny_model)
+    recipe["preferences"]["train"]["limit"] = 9
+    for source in recipe["preferences"]["test"].values():
+        source["limit"] = 4
+    recipe["critique"]["critics"] = {
+        "drawn": {"model": f"local:{tiny_model}", "temperature": 1.0, "max_tokens": 5},
+        "greedy": {"model": f"local:{tiny_model}", "max_tokens": 5},
+    }
+    recipe["evaluate"] = {"samples": 3, "zero_label": False}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command(str(tmp_path / "recipe.yaml"), out=tmp_path / "run", dry_run=True)
+    plan = capsys.readouterr().out
+    assert re.search(r"drawn, 1 a completion +18 ", plan) and re.search(r"drawn, 3 a completion +24 ", plan)
+    assert re.search(r"greedy +26 ", plan) and re.search(r"all +68 ", plan)
+    run_recipe(Recipe.model_validate(recipe), out=tmp_path / "run")
+    n_samples = {
+        critic: Counter(row.pair_id for row in read_critiques(tmp_path / "run" / "critique" / f"{critic}.jsonl"))
+        for critic in ("drawn", "greedy")
+    }
+    train = {pair.id for pair in read_pairs(tmp_path / "run" / "preferences" / "train.jsonl").pairs}
+    assert {n for id, n in n_samples["drawn"].items() if id in train} == {2}
+    assert {n for id, n in n_samples["drawn"].items() if id not in train} == {6}
+    assert set(n_samples["greedy"].values()) == {2}
 
 
 def test_an_unknown_critic_stops_a_recipe_before_anything_is_done(tiny_model, tmp_path):

@@ -1,7 +1,7 @@
 """The calls of a critique job: which are to be made, what they will cost, and making them within a limit."""
 
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,25 +238,58 @@ def estimate_critiques(
     return replace(row, paid=row.paid + sum(paid.values()))
 
 
-def open_purse(
-    limit: float | None,
-    pairs: Sequence[PreferencePair],
-    *,
-    critics: Mapping[str, CriticConfig],
-    cache: CritiqueCache,
-) -> Purse | None:
+Job = tuple[Sequence[PreferencePair], CriticConfig]
+"""Pairs, and the complete critic that is asked about them."""
+
+
+def jobs_of(
+    settings: CriticConfig, train: Sequence[PreferencePair], tests: Sequence[PreferencePair], *, n_averaged: int
+) -> list[Job]:
+    """What a recipe asks a critic.
+
+    Where rewards are averaged over several critiques, more of them are written of the test pairs: training reads one.
+
+    Args:
+        settings: the critic, complete; at temperature 0 it has one critique of a completion to give.
+        train: the training pairs.
+        tests: the pairs of all test sets.
+        n_averaged: over how many critiques of a completion rewards are averaged.
+    """
+    if settings.files or settings.temperature == 0 or n_averaged <= settings.samples:
+        return [([*train, *tests], settings)]
+    return [(train, settings), (tests, settings.model_copy(update={"samples": n_averaged}))]
+
+
+def estimate_jobs(jobs: Sequence[Job], *, critic: str, cache: CritiqueCache) -> list[Estimate]:
+    """What each of a critic's jobs would cost; nothing where its critiques are in files.
+
+    Args:
+        jobs: of `jobs_of`.
+        critic: its name.
+        cache: answered calls.
+    """
+    asked = [(pairs, settings) for pairs, settings in jobs if not settings.files]
+    rows = [estimate_critiques(pairs, settings, critic=critic, cache=cache) for pairs, settings in asked]
+    if len(rows) < 2:
+        return rows
+    return [
+        replace(row, critic=f"{critic}, {settings.samples} a completion")
+        for row, (_, settings) in zip(rows, asked, strict=True)
+    ]
+
+
+def open_purse(limit: float | None, jobs: Iterable[Job], *, cache: CritiqueCache) -> Purse | None:
     """The limit over all critics of a recipe, with what earlier attempts have spent on each of them; None without one.
 
     Args:
         limit: US dollars.
-        pairs: the preference pairs.
-        critics: the critics, complete.
+        jobs: what the critics are asked.
         cache: answered calls.
     """
     if limit is None:
         return None
     purse = Purse(limit)
-    for settings in critics.values():
+    for pairs, settings in jobs:
         if not settings.files:
             for critique in _calls_of(pairs, settings).split(cache, retry_failed=False)[0].values():
                 purse.paid_before(critique.key, critique.cost)

@@ -278,7 +278,7 @@ class EvaluateConfig(Section):
 
     max_tokens_per_step: int = Field(default=4096, gt=0)
     samples: int = Field(default=1, gt=0)
-    """Critiques of a completion whose rewards are averaged, of critics that were asked for several."""
+    """Critiques of a completion whose rewards are averaged; critics with a temperature write so many of test pairs."""
     zero_label: bool = True
     """Lay the untrained backbone's own reading beside each arm, as a null baseline."""
 

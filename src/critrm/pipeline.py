@@ -12,6 +12,7 @@ Everything a stage makes lies in the run folder, so that the same command goes o
     results.json, results.md, seconds.json, manifest.json
 """
 
+import itertools
 import json
 import logging
 import time
@@ -24,7 +25,7 @@ from rich.console import Console
 from critrm.augment import Augmented, Budget, augment_pairs, text_encoder, write_augmented
 from critrm.benchmarks import read_source
 from critrm.budget import Estimate, Ledger, Purse, estimates_table
-from critrm.calls import estimate_critiques, open_purse
+from critrm.calls import Job, estimate_jobs, jobs_of, open_purse
 from critrm.config import CriticConfig, PairSource, Recipe, data_path, load_recipe
 from critrm.critics import check_critic, complete_critics
 from critrm.critique import critique_with_progress
@@ -136,16 +137,17 @@ def _prepare(
     pairs = [pair for found in sets.values() for pair in found]
     for settings in critics.values():
         check_critic(settings)
+    jobs = {name: _jobs(recipe, critic, sets) for name, critic in critics.items()}
     with CritiqueCache(default_cache_path()) as cache:
-        purse = open_purse(recipe.critique.max_cost, pairs, critics=critics, cache=cache)
-    critiques = {name: _critiques(run, name, critic, pairs, purse=purse) for name, critic in critics.items()}
+        purse = open_purse(recipe.critique.max_cost, itertools.chain(*jobs.values()), cache=cache)
+    critiques = {name: _critiques(run, name, asked, purse=purse) for name, asked in jobs.items()}
     for name, shares in recipe.critique.mixtures.items():
         critiques[name] = mix_critiques(pairs, critiques, shares, name=name)
         write_records(run.out / "critique" / f"{file_name(name)}.jsonl", critiques[name])
     if recipe.evaluate.samples > 1 and not any(row.sample for rows in critiques.values() for row in rows):
         raise DataError(
             f"evaluate.samples is {recipe.evaluate.samples}, and no critic wrote more than one critique of "
-            "a completion: give one of them `samples` and a temperature above 0"
+            "a completion: give one of them a temperature above 0, or a file with several"
         )
     augmented = _augment(run, sets, critiques)
     for name, arm in augmented[TRAIN].arms.items():
@@ -161,13 +163,18 @@ def estimate_recipe(recipe: Recipe) -> list[Estimate]:
         DataError: pairs cannot be read.
         ConfigError: a critic is not known.
     """
-    pairs = [pair for found in _read_sets(recipe).values() for pair in found]
+    sets = _read_sets(recipe)
     with CritiqueCache(default_cache_path()) as cache:
         return [
-            estimate_critiques(pairs, critic, critic=name, cache=cache)
+            row
             for name, critic in complete_critics(recipe.critique, backbone=recipe.train.backbone).items()
-            if not critic.files
+            for row in estimate_jobs(_jobs(recipe, critic, sets), critic=name, cache=cache)
         ]
+
+
+def _jobs(recipe: Recipe, critic: CriticConfig, sets: Sets) -> list[Job]:
+    tests = [pair for name, found in sets.items() if name != TRAIN for pair in found]
+    return jobs_of(critic, sets[TRAIN], tests, n_averaged=recipe.evaluate.samples)
 
 
 def _sources(recipe: Recipe) -> dict[str, PairSource]:
@@ -188,17 +195,17 @@ def _read_sets(recipe: Recipe) -> Sets:
     return sets
 
 
-def _critiques(
-    run: Run, name: str, critic: CriticConfig, pairs: Sequence[PreferencePair], *, purse: Purse | None
-) -> list[Critique]:
-    if critic.files:
-        wanted = {pair.id for pair in pairs}
-        found = (row for file in critic.files for row in read_critiques(data_path(file), critic=name))
-        rows = [row for row in found if row.pair_id in wanted]
-    else:
-        ledger = run.ledgers[name] = Ledger()
+def _critiques(run: Run, name: str, jobs: Sequence[Job], *, purse: Purse | None) -> list[Critique]:
+    rows: list[Critique] = []
+    for pairs, critic in jobs:
+        if critic.files:
+            wanted = {pair.id for pair in pairs}
+            found = (row for file in critic.files for row in read_critiques(data_path(file), critic=name))
+            rows += [row for row in found if row.pair_id in wanted]
+            continue
+        ledger = run.ledgers.setdefault(name, Ledger())
         with run.timed(f"critique {name}"), CritiqueCache(default_cache_path()) as cache:
-            rows = critique_with_progress(
+            rows += critique_with_progress(
                 pairs, critic, critic=name, cache=cache, console=run.console, ledger=ledger, purse=purse
             )
     write_records(run.out / "critique" / f"{file_name(name)}.jsonl", rows)

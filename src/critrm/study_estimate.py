@@ -14,7 +14,7 @@ from rich.text import Text
 
 from critrm.benchmarks import read_source
 from critrm.budget import CHARACTERS_PER_TOKEN, Estimate, estimates_table
-from critrm.calls import estimate_critiques
+from critrm.calls import estimate_jobs, jobs_of
 from critrm.config import CritiqueConfig, Recipe, data_path
 from critrm.critics import complete_critics
 from critrm.critique_cache import CritiqueCache, default_cache_path
@@ -211,8 +211,12 @@ def _critics(recipe: Recipe, cells: Sequence[Cell], tests: Sequence[PreferencePa
                 continue
             largest = max(asked, key=lambda cell: cell.n_train)
             train = read_pairs(largest.recipe.preferences.train.path, limit=largest.n_train).pairs
-            row = estimate_critiques([*train, *tests], settings, critic=name, cache=cache)
-            found.append(_scaled(row, (largest.n_train + len(tests)) / (len(train) + len(tests))))
+            n_averaged = max(cell.recipe.evaluate.samples for cell in asked)
+            jobs = jobs_of(settings, train, tests, n_averaged=n_averaged)
+            rows = estimate_jobs(jobs, critic=name, cache=cache)
+            # The first is about the training pairs, which may not all be there.
+            n_there = len(jobs[0][0])
+            found += [_scaled(rows[0], (n_there - len(train) + largest.n_train) / n_there), *rows[1:]]
     return found
 
 
