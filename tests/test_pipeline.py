@@ -51,6 +51,13 @@ def test_three_arms_over_identical_pairs_and_a_second_run_does_nothing(tiny_mode
     results = run_recipe(recipe, out=tmp_path)
     assert list(results["learning_rates"]) == [NO_CRITIC, "tiny", "frontier-llm"]
     mini = results["tests"]["mini"]["all"]
+    assert list(mini["ensembles"]) == [
+        "all seeds",
+        "all seeds and untrained, whole text",
+        "all seeds and critic's own score",
+    ]
+    assert list(mini["ensembles"]["all seeds"]) == [NO_CRITIC, "tiny", "frontier-llm"]
+    assert list(mini["ensembles"]["all seeds and critic's own score"]) == ["frontier-llm"]
     assert mini["n"] <= 20
     assert all(len(arm["by_seed"]) == 2 for arm in mini["arms"].values())
     assert results["tokens"]["tiny"]["critic_wrote"] > 0

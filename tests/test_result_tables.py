@@ -6,8 +6,15 @@ import pytest
 from rich.console import Console
 
 from critrm.baselines import CRITIQUES_ONLY, LEAKED, LONGER, OWN_SCORE, UNTRAINED_WHOLE
-from critrm.result_tables import baselines_table, blends_table, costs_table, results_markdown, results_table
-from critrm.results import compare_arms
+from critrm.result_tables import (
+    baselines_table,
+    blends_table,
+    costs_table,
+    ensembles_table,
+    results_markdown,
+    results_table,
+)
+from critrm.results import ALL_SEEDS, compare_arms
 from critrm.types import NO_CRITIC, Message, Outcome, PreferencePair, Score
 
 
@@ -87,6 +94,17 @@ def test_a_blend_is_shown_with_its_reading_where_there_is_one(results):
     assert UNTRAINED_WHOLE not in text, "nothing was blended with it"
     without = {label: {**group, "blends": {OWN_SCORE: {}}} for label, group in results["tests"]["mini"].items()}
     assert blends_table(results | {"tests": {"mini": without}}) is None
+
+
+def test_an_ensemble_is_shown_where_there_are_seeds(results):
+    assert ensembles_table(results) is None
+    pairs = _pairs(40)
+    arms = {NO_CRITIC: _scores(pairs, 10), "c[/x]": _scores(pairs, 22)}
+    groups = compare_arms(pairs, {critic: [scores] for critic, scores in arms.items()}, ensembles={ALL_SEEDS: arms})
+    seeded = results | {"tests": {"mini": groups}}
+    text = " ".join(shown(ensembles_table(seeded)).split())
+    assert f"mini, 40 pairs, with {ALL_SEEDS}" in text and "c[/x] 0.550 [.40, .69] +0.300 [" in text
+    assert f"| {ALL_SEEDS} |  |" in results_markdown(seeded)
 
 
 def test_what_it_took(results):

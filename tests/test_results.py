@@ -68,6 +68,28 @@ def test_a_blend_is_compared_with_its_own_arm():
     assert (found["mean"], found["difference"]["value"]) == (1.0, 0.5)
 
 
+def test_an_ensemble_is_one_model_and_is_compared_with_that_of_no_critiques():
+    pairs = _pairs(["x"] * 6)
+    arms = {NO_CRITIC: [_scores(pairs, {0}), _scores(pairs, {0, 1})], "c": [_scores(pairs, {0, 1, 2})] * 2}
+    together = {critic: blend(*seeds) for critic, seeds in arms.items()}
+    # Where two models contradict each other by as much, neither is right.
+    assert [score.outcome for score in together[NO_CRITIC]][:2] == [Outcome.RIGHT, Outcome.TIE]
+    blended = {"c": _scores(pairs, set(range(6)))}
+    found = compare_arms(pairs, arms, ensembles={"all": together, "all and x": blended})[ALL]["ensembles"]
+    assert found["all"][NO_CRITIC]["mean"] == pytest.approx(1 / 6) and found["all"][NO_CRITIC]["difference"] is None
+    assert found["all"]["c"]["difference"]["value"] == pytest.approx(2 / 6)
+    assert found["all and x"]["c"]["difference"]["value"] == pytest.approx(5 / 6)
+    assert found["all and x"]["c"]["difference"]["p_value"] == pytest.approx(2 * 0.5**5), "McNemar's"
+
+
+def test_a_blend_may_have_any_number_of_readings():
+    readings = [[Score("x", float(i), 0.0), Score("y", 0.0, 1.0)] for i in range(1, 4)]
+    margins = [score.chosen - score.rejected for score in blend(*readings)]
+    sizes = [math.sqrt((i * i + 1) / 2) for i in range(1, 4)]
+    expected = [sum(i / size for i, size in enumerate(sizes, 1)), sum(-1 / size for size in sizes)]
+    assert margins == pytest.approx(expected)
+
+
 def test_sections_of_a_benchmark_are_groups_over_their_items():
     pairs = _pairs(["llmbar-natural"] + ["llmbar-neighbor"] * 2 + ["llmbar-manual"])
     groups = compare_arms(pairs, {NO_CRITIC: [_scores(pairs, {0, 1})]}, benchmark="llmbar")

@@ -36,7 +36,7 @@ from critrm.errors import DataError
 from critrm.mixtures import mix_critiques
 from critrm.models import load_tokenizer
 from critrm.overlap import overlap_warning
-from critrm.result_tables import baselines_table, blends_table, results_table
+from critrm.result_tables import baselines_table, blends_table, ensembles_table, results_table
 from critrm.run_results import write_results
 from critrm.run_training import learning_rates_of, train_and_evaluate_all
 from critrm.runs import LEARNING_RATES, TRAIN, Run, Sets
@@ -253,7 +253,8 @@ def command(recipe: str, *, out: Path | None = None, dry_run: bool = False) -> N
         return
     out = out or Path("runs") / loaded.name
     results = run_recipe(loaded, out=out, console=console)
-    for table in (results_table(results), baselines_table(results), blends_table(results)):
+    for table_of in (results_table, baselines_table, blends_table, ensembles_table):
+        table = table_of(results)
         if table is not None:
             console.print(table)
     console.print(f"Run folder: {out}", soft_wrap=True)

@@ -19,6 +19,11 @@ BLEND = (
     "pair and seed"
 )
 """What a blend is."""
+ENSEMBLE = (
+    "the rewards of an arm's seeds added up, as those of one model, alone or blended with another reading; difference "
+    "and p: from no critiques, all seeds"
+)
+"""What an ensemble is."""
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -72,12 +77,21 @@ def baselines_table(results: Mapping[str, Any]) -> Table | None:
 
 def blends_table(results: Mapping[str, Any]) -> Table | None:
     """Each arm blended with other readings of its pairs, for the terminal; None where there are none."""
-    table = number_table("Blended", BLEND, ("test set, and its arms", "accuracy", "difference", "p"))
+    return _combined_table(results, "blends", "Blended", BLEND)
+
+
+def ensembles_table(results: Mapping[str, Any]) -> Table | None:
+    """Each arm's seeds as one model, for the terminal; None where there is one seed."""
+    return _combined_table(results, "ensembles", "Ensembles", ENSEMBLE)
+
+
+def _combined_table(results: Mapping[str, Any], kind: str, title: str, caption: str) -> Table | None:
+    table = number_table(title, caption, ("test set, and its arms", "accuracy", "difference", "p"))
     for test, groups in results["tests"].items():
         for label, group in groups.items():
             if group["kind"] == "subset":
                 continue
-            for reading, blends in group.get("blends", {}).items():
+            for reading, blends in group.get(kind, {}).items():
                 if not blends:
                     continue
                 where = f"{test if label == ALL else label}, {group['n']} pairs"
@@ -133,14 +147,14 @@ def _nulls(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
     return titles, rows
 
 
-def _blends(results: Mapping[str, Any]) -> tuple[_Row, list[_Row]]:
-    """Column titles and rows of text: each arm blended with each reading that it has, in each group."""
+def _combined(results: Mapping[str, Any], kind: str, title: str) -> tuple[_Row, list[_Row]]:
+    """Column titles and rows of text: each arm's blends or ensembles, by their names, in each group."""
     critics = list(results["learning_rates"])
-    titles = ["blended with", *(title for critic in critics for title in (critic, "difference", "p"))]
+    titles = [title, *(title for critic in critics for title in (critic, "difference", "p"))]
     rows = []
     for test, groups in results["tests"].items():
-        for reading in groups[ALL].get("blends", {}):
-            found = {label: group["blends"][reading] for label, group in groups.items()}
+        for reading in groups[ALL].get(kind, {}):
+            found = {label: group[kind][reading] for label, group in groups.items()}
             if found[ALL]:
                 rows.append([reading, *[""] * (len(titles) - 1)])
                 for label, blends in found.items():
@@ -224,9 +238,10 @@ def results_markdown(results: Mapping[str, Any]) -> str:
             "",
             *(f"- {note}\n" for note in baseline_notes(results["tests"])),
         ]
-    titles, rows = _blends(results)
-    if rows:
-        lines += [*markdown_table(titles, rows), "", f"{BLEND[0].upper()}{BLEND[1:]}.", ""]
+    for kind, title, key in (("blends", "blended with", BLEND), ("ensembles", "ensemble of", ENSEMBLE)):
+        titles, rows = _combined(results, kind, title)
+        if rows:
+            lines += [*markdown_table(titles, rows), "", f"{key[0].upper()}{key[1:]}.", ""]
     lines += [
         "| stage | seconds |",
         "|---|---:|",

@@ -19,6 +19,8 @@ ArmBaselines = Mapping[str, Mapping[str, Sequence[Outcome]]]
 
 ALL = "all"
 """The group that holds every pair."""
+ALL_SEEDS = "all seeds"
+"""The ensemble of an arm's seeds."""
 
 
 def compare_arms(
@@ -28,6 +30,7 @@ def compare_arms(
     benchmark: str = "pairs",
     baselines: ArmBaselines | None = None,
     blends: Mapping[str, ArmScores] | None = None,
+    ensembles: Mapping[str, Mapping[str, Sequence[Score]]] | None = None,
 ) -> dict[str, Any]:
     """Compare each arm with the No-Critiques arm and with its null baselines on the same pairs, over all and by group.
 
@@ -37,6 +40,7 @@ def compare_arms(
         benchmark: whose sections are groups as well.
         baselines: the null baselines of the arms.
         blends: the arms' scores blended with another reading (`blend`), by the reading; one list per arm and seed.
+        ensembles: an arm's seeds as one model, alone or blended with another reading, by its name; one list per arm.
 
     Returns:
         Group -> number of pairs, whether it is `all`, a `section` or a `subset` (`kind`), and per arm: `mean` strict
@@ -44,7 +48,8 @@ def compare_arms(
         at it, ties and unscored pairs over all seeds, and the `difference` from the No-Critiques arm (paired bootstrap
         over items and seeds) with `p_value`, and `p_holm` adjusted over the sections and subsets together.
         `baselines` holds, per arm and baseline, its accuracy and the `difference` of the arm from it; `blends`, per
-        reading and arm, what the blend comes to and its `difference` from the arm, seed by seed.
+        reading and arm, what the blend comes to and its `difference` from the arm, seed by seed; `ensembles`, per name
+        and arm, what the ensemble comes to and its `difference` from that of no critiques (exact McNemar).
 
     Raises:
         DataError: an arm lacks a pair, or a baseline has another number of outcomes than there are pairs.
@@ -59,6 +64,11 @@ def compare_arms(
         reading: {critic: [_by_pair(scores, pairs, critic) for scores in seeds] for critic, seeds in found.items()}
         for reading, found in (blends or {}).items()
     }
+    together = {
+        name: {critic: [_by_pair(scores, pairs, critic)] for critic, scores in found.items()}
+        for name, found in (ensembles or {}).items()
+    }
+    plain = next((found[NO_CRITIC] for found in together.values() if NO_CRITIC in found), None)
     groups = {}
     for label, (kind, members) in groups_of(pairs, benchmark).items():
         groups[label] = {"kind": kind, **_group(members, by_arm)}
@@ -72,6 +82,10 @@ def compare_arms(
                 for critic, seeds in found.items()
             }
             for reading, found in blended.items()
+        }
+        groups[label]["ensembles"] = {
+            name: {critic: _ensemble(members, models, plain) for critic, models in found.items()}
+            for name, found in together.items()
         }
     parts = [group for label, group in groups.items() if label != ALL]
     for critic in arms:
@@ -136,25 +150,33 @@ def _blended(seeds: Sequence[Sequence[Outcome]], arm: Sequence[Sequence[Outcome]
     return {**accuracy_over_seeds(seeds), "difference": same_models_difference(seeds, arm)}
 
 
-def blend(scores: Sequence[Score], others: Sequence[Score]) -> list[Score]:
-    """Two readings of the same pairs as one: the sum of their rewards, each on a scale on which its margins are 1.
+def _ensemble(
+    members: Sequence[str], models: list[dict[str, Score]], plain: list[dict[str, Score]] | None
+) -> dict[str, Any]:
+    """One model on some pairs, and how much better it is than the No-Critiques arm's, where it is not that itself."""
+    outcomes = _outcomes(models, members)
+    is_compared = plain is not None and models is not plain
+    right = [[correctness(rows) for rows in each] for each in (outcomes, _outcomes(plain or [], members))]
+    return {**accuracy_over_seeds(outcomes), "difference": _difference(*right) if is_compared else None}
+
+
+def blend(*readings: Sequence[Score]) -> list[Score]:
+    """Several readings of the same pairs as one: the sum of their rewards, each on a scale on which its margins are 1.
 
     The scale is the root mean square of the margins (chosen minus rejected), which does not change when the two
     completions of a pair are exchanged: no label is used.
 
     Args:
-        scores: one reading.
-        others: the other, of the same pairs in any order.
+        *readings: scores of the same pairs, in any order.
     """
-    second = {score.pair_id: score for score in others}
-    a, b = _scale(scores), _scale(others)
+    scaled = [(_scale(scores), {score.pair_id: score for score in scores}) for scores in readings]
     return [
         Score(
-            score.pair_id,
-            score.chosen / a + second[score.pair_id].chosen / b,
-            score.rejected / a + second[score.pair_id].rejected / b,
+            pair_id,
+            sum(scores[pair_id].chosen / scale for scale, scores in scaled),
+            sum(scores[pair_id].rejected / scale for scale, scores in scaled),
         )
-        for score in scores
+        for pair_id in scaled[0][1]
     ]
 
 

@@ -9,7 +9,7 @@ from critrm.baselines import OWN_SCORE, UNTRAINED_WHOLE, baselines, own_scores
 from critrm.config import PairSource
 from critrm.errors import DataError, ModelError
 from critrm.result_tables import results_markdown
-from critrm.results import ArmScores, blend, compare_arms
+from critrm.results import ALL_SEEDS, ArmScores, blend, compare_arms
 from critrm.runs import TRAIN, Run
 from critrm.score_files import read_scores
 from critrm.store import file_name, write_text
@@ -52,7 +52,14 @@ def write_results(
             reading: {critic: [blend(each, other) for each in arms[critic]] for critic, other in found.items() if other}
             for reading, found in readings.items()
         }
-        tests[name] = compare_arms(pairs, arms, benchmark=source.benchmark, baselines=nulls, blends=blends)
+        tests[name] = compare_arms(
+            pairs,
+            arms,
+            benchmark=source.benchmark,
+            baselines=nulls,
+            blends=blends,
+            ensembles=_ensembles(arms, readings),
+        )
     results: dict[str, Any] = {
         "recipe": run.recipe.name,
         "backbone": run.recipe.train.backbone,
@@ -67,6 +74,22 @@ def write_results(
     write_text(run.out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_text(run.out / "results.md", results_markdown(results))
     return results
+
+
+def _ensembles(
+    arms: ArmScores, readings: Mapping[str, Mapping[str, Sequence[Score]]]
+) -> dict[str, dict[str, list[Score]]]:
+    """Each arm's seeds as one model, alone and blended with each other reading; nothing where there is one seed."""
+    together = {critic: blend(*seeds) for critic, seeds in arms.items() if len(seeds) > 1}
+    if not together:
+        return {}
+    blended = {
+        f"{ALL_SEEDS} and {reading}": {
+            critic: blend(scores, found[critic]) for critic, scores in together.items() if found.get(critic)
+        }
+        for reading, found in readings.items()
+    }
+    return {ALL_SEEDS: together} | blended
 
 
 def _complete(scores: list[Score]) -> list[Score]:
