@@ -341,13 +341,14 @@ def _pack(rows: list[Row]) -> tuple[list[_RoomyLayer], torch.Tensor]:
     n_seen = max(row.n_seen for row in rows)
     width = n_seen + max(row.max_tokens - len(row.tokens) for row in rows)
     layers = []
-    for layer in zip(*(row.cache for row in rows), strict=True):
+    for _ in range(len(rows[0].cache)):
+        # Taken from the rows layer by layer: what is packed is not kept twice.
+        layer = [row.cache.pop(0) for row in rows]
         keys, values = (_pad([pair[side] for pair in layer], n_seen, width) for side in (0, 1))
         layers.append(_RoomyLayer(keys, values, n_seen))
     mask = layers[0].all_keys.new_full((len(rows), 1, 1, width), float("-inf"))
     for i, row in enumerate(rows):
         mask[i, ..., n_seen - row.n_seen : n_seen] = 0
-        row.cache = []
     return layers, mask
 
 
