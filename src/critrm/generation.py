@@ -20,6 +20,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from critrm.cores import n_side_by_side, sharing_cores
 from critrm.llm import Sampling
 from critrm.row_layout import Group
 
@@ -31,8 +32,6 @@ MIN_SHARED = 16
 """So many more tokens in common than all prompts have make it worth reading them once."""
 MAX_CACHED_TOKENS = 65_536
 """Bound on rows x width of the key-value caches: 1.5 GB for SmolLM2-135M in bf16."""
-MAX_WRITERS = 4
-"""So many threads write at once on a CPU; between their operations Python lets only one of them go on."""
 MIN_ROWS = 16
 """A thread is worth starting for so many rows."""
 REFILL_BELOW = 0.75
@@ -86,11 +85,11 @@ class Row:
 def generate(writer: Writer, rows: list[Row], *, sampling: Sampling, batch_size: int) -> Iterator[list[Row]]:
     """Write the replies of all rows, `batch_size` at a time, and yield rows as they are done.
 
-    On a CPU several threads write, each with some of the rows and of the cores: one token takes too little to be
-    divided among cores. Which rows are written together depends on nothing but the rows and the number of threads.
+    On a CPU several threads write, each with some of the rows. Which rows are written together depends on nothing but
+    the rows and the number of threads.
     """
-    n = min(torch.get_num_threads(), MAX_WRITERS, len(rows) // MIN_ROWS) if writer.model.device.type == "cpu" else 1
-    shares = _deal(_order(rows), max(1, n))
+    n = max(1, min(n_side_by_side(writer.model.device), len(rows) // MIN_ROWS))
+    shares = _deal(_order(rows), n)
     if len(shares) == 1:
         yield from _generate(writer, shares[0], sampling, batch_size, MAX_CACHED_TOKENS)
     else:
@@ -128,18 +127,12 @@ def _deal(rows: list[Row], n: int) -> list[list[Row]]:
     return [part for part in parts if part] or [[]]
 
 
-_SETTING_THREADS = threading.Lock()
-
-
 def _side_by_side(streams: list[Iterator[list[Row]]]) -> Iterator[list[Row]]:
-    """What all streams yield, each of them computed in a thread of its own with its share of torch's threads."""
+    """What all streams yield, each of them computed in a thread of its own with its share of the cores."""
     found: queue.SimpleQueue[list[Row] | Exception | None] = queue.SimpleQueue()
-    ready, stop = threading.Semaphore(0), threading.Event()
+    stop = threading.Event()
 
     def run(stream: Iterator[list[Row]]) -> None:
-        torch.get_num_threads()  # a thread's first look sets the number to everybody's: it must not come after ours
-        torch.set_num_threads(n_each)
-        ready.release()
         try:
             for rows in stream:
                 found.put(rows)
@@ -149,29 +142,21 @@ def _side_by_side(streams: list[Iterator[list[Row]]]) -> Iterator[list[Row]]:
             found.put(error)
         found.put(None)
 
-    threads = [threading.Thread(target=run, args=(stream,), name="critrm-writer") for stream in streams]
-    # The number is each thread's own, and what threads to come begin with: that is as before when all have started.
-    with _SETTING_THREADS:
-        n_threads = torch.get_num_threads()
-        n_each = max(1, n_threads // len(streams))
-        for thread in threads:
-            thread.start()
-            ready.acquire()
-        torch.set_num_threads(n_threads)
-    try:
-        n_running = len(threads)
-        while n_running:
-            rows = found.get()
-            if isinstance(rows, Exception):
-                raise rows
-            if rows is None:
-                n_running -= 1
-            else:
-                yield rows
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+    with sharing_cores(len(streams)) as pool:
+        for stream in streams:
+            pool.submit(run, stream)
+        try:
+            n_running = len(streams)
+            while n_running:
+                rows = found.get()
+                if isinstance(rows, Exception):
+                    raise rows
+                if rows is None:
+                    n_running -= 1
+                else:
+                    yield rows
+        finally:
+            stop.set()
 
 
 def _order(rows: list[Row]) -> list[Row]:

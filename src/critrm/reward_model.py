@@ -31,6 +31,7 @@ from critrm.batching import (
     pack_trees,
     token_batches,
 )
+from critrm.cores import computed, n_side_by_side
 from critrm.encoding import beginning
 from critrm.errors import DataError, ModelError
 from critrm.prompts import reward_chat_template
@@ -191,9 +192,10 @@ class RewardModel:
         order give the same bits on the same machine. Ids are not checked for being unique; see `score` for the rest.
         """
         self.model.train(False)
+        n = n_side_by_side(self.model.device)
         encoded = (self.encode(item) for item in pairs)
-        for batch in token_batches(encoded, max_tokens_per_step=max_tokens_per_step):
-            rewards = self._computed(pack(batch))
+        batches = token_batches(encoded, max_tokens_per_step=max_tokens_per_step // n)
+        for batch, rewards in computed(lambda batch: self._computed(pack(batch)), batches, n=n):
             for pair, (chosen, rejected) in zip(batch, rewards.tolist(), strict=True):
                 yield Score(pair.pair_id, chosen, rejected)
             if on_progress:
@@ -250,7 +252,7 @@ class RewardModel:
             "cue": self._cue,
             "max_tokens": max_tokens_per_step,
         }
-        stream = iter(candidates)
+        stream, n = iter(candidates), n_side_by_side(self.model.device)
         while window := list(itertools.islice(stream, CANDIDATES_WINDOW)):
             trees = (
                 tree
@@ -261,9 +263,10 @@ class RewardModel:
                 [[0.0] * len(of_one) for of_one in each.critiques or ((None,),) * len(each.completions)]
                 for each in window
             ]
-            for batch in token_batches(trees, max_tokens_per_step=max_tokens_per_step):
+            batches = token_batches(trees, max_tokens_per_step=max_tokens_per_step // n)
+            for batch, found in computed(lambda batch: self._computed(pack_trees(batch)), batches, n=n):
                 places = [place for tree in batch for place in tree.places]
-                for (number, i, j), reward in zip(places, self._computed(pack_trees(batch)).tolist(), strict=True):
+                for (number, i, j), reward in zip(places, found.tolist(), strict=True):
                     rewards[number][i][j] = reward
             yield from rewards
             if on_progress:
