@@ -42,6 +42,10 @@ CANDIDATES_WINDOW = 64
 """So many prompts' candidates are encoded before they are scored, longest first."""
 
 
+CPU_ROW_TOKENS = 1024
+"""What a CPU reads at once: with longer rows its caches hold less of what the next operation needs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
     """What a reward model was trained to read; `critrm.json` beside its weights."""
@@ -192,9 +196,9 @@ class RewardModel:
         order give the same bits on the same machine. Ids are not checked for being unique; see `score` for the rest.
         """
         self.model.train(False)
-        n = n_side_by_side(self.model.device)
+        n, n_tokens = self._side_by_side(max_tokens_per_step)
         encoded = (self.encode(item) for item in pairs)
-        batches = token_batches(encoded, max_tokens_per_step=max_tokens_per_step // n)
+        batches = token_batches(encoded, max_tokens_per_step=n_tokens)
         for batch, rewards in computed(lambda batch: self._computed(pack(batch)), batches, n=n):
             for pair, (chosen, rejected) in zip(batch, rewards.tolist(), strict=True):
                 yield Score(pair.pair_id, chosen, rejected)
@@ -252,7 +256,7 @@ class RewardModel:
             "cue": self._cue,
             "max_tokens": max_tokens_per_step,
         }
-        stream, n = iter(candidates), n_side_by_side(self.model.device)
+        (n, n_tokens), stream = self._side_by_side(max_tokens_per_step), iter(candidates)
         while window := list(itertools.islice(stream, CANDIDATES_WINDOW)):
             trees = (
                 tree
@@ -263,7 +267,7 @@ class RewardModel:
                 [[0.0] * len(of_one) for of_one in each.critiques or ((None,),) * len(each.completions)]
                 for each in window
             ]
-            batches = token_batches(trees, max_tokens_per_step=max_tokens_per_step // n)
+            batches = token_batches(trees, max_tokens_per_step=n_tokens)
             for batch, found in computed(lambda batch: self._computed(pack_trees(batch)), batches, n=n):
                 places = [place for tree in batch for place in tree.places]
                 for (number, i, j), reward in zip(places, found.tolist(), strict=True):
@@ -271,6 +275,12 @@ class RewardModel:
             yield from rewards
             if on_progress:
                 on_progress(len(window))
+
+    def _side_by_side(self, max_tokens_per_step: int) -> tuple[int, int]:
+        """How many rows are computed at once, and how many tokens each may have."""
+        n = n_side_by_side(self.model.device)
+        most = max_tokens_per_step // n
+        return n, min(most, CPU_ROW_TOKENS) if self.model.device.type == "cpu" else most
 
     @torch.inference_mode()
     def _computed(self, batch: PackedBatch) -> torch.Tensor:
