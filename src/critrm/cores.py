@@ -39,9 +39,13 @@ def sharing_cores(n: int) -> Iterator[ThreadPoolExecutor]:
         # The number is each thread's own, and what threads to come begin with: that is as before when all have started.
         with _SETTING_THREADS:
             n_threads = torch.get_num_threads()
-            for _ in range(n):
-                pool.submit(started.wait)
-            started.wait()
+            try:
+                for _ in range(n):
+                    pool.submit(started.wait)
+                started.wait()
+            except BaseException:  # no thread could be started, or Ctrl-C: those that wait must not do so for ever
+                started.abort()
+                raise
             torch.set_num_threads(n_threads)
         try:
             yield pool
