@@ -2,12 +2,13 @@
 
 import itertools
 import json
+import random
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -125,6 +126,7 @@ def _separately(model, pairs):
 
 
 @given(st.lists(PARTS, min_size=1, max_size=4), st.booleans(), st.randoms())
+@example([([67], [135], [64])], True, random.Random(0))
 @settings(max_examples=25, deadline=None)
 def test_rewards_and_gradients_equal_those_of_separate_rows(reward_model, parts, same_prompt, order):
     """Each pair's weight in the loss is its own, so that a reward of another pair would show."""
@@ -143,8 +145,10 @@ def test_rewards_and_gradients_equal_those_of_separate_rows(reward_model, parts,
         (squares * torch.tensor([weights[pair.pair_id] for pair in part])).sum().backward()
     total = torch.cat([gradient.flatten() for gradient in true.values()]).norm()
     for name, gradient in _gradients(reward_model).items():
-        # Some gradients nearly cancel; rounding is a share of what they are made of.
-        assert (gradient - true[name]).norm() <= 1e-5 * (true[name].norm() + 0.01 * total), name
+        # Some gradients nearly cancel (a key's, where few are seen): the rest is off by the rounding of what
+        # it is made of, which is gone in fp64.
+        rounding = 4 * torch.finfo(torch.float32).eps * total
+        assert (gradient - true[name]).norm() <= 1e-5 * true[name].norm() + rounding, name
 
 
 @given(st.lists(PARTS, min_size=1, max_size=4), st.booleans())
