@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from critrm.cores import MAX_THREADS, computed, n_side_by_side, sharing_cores
+from critrm.cores import MAX_THREADS, GradientsInOrder, computed, n_side_by_side, sharing_cores
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,3 +89,48 @@ def test_who_listens_no_longer_ends_it():
 def test_a_cpu_has_few_and_another_device_one():
     assert n_side_by_side(torch.device("cpu")) == MAX_THREADS == 4
     assert n_side_by_side(torch.device("cuda")) == 1
+
+
+def add_up(parameters, scales, delays, *, fails=(), skips=()):
+    """Gradients of passes at once that each have their own scale, and take their own time."""
+    order = GradientsInOrder(parameters, len(scales))
+
+    def backward(number):
+        with order.turn(number):
+            time.sleep(delays[number] / 1000)
+            if number in fails:
+                raise RuntimeError("no more memory")
+            read = [parameter for n, parameter in enumerate(parameters) if (number, n) not in skips]
+            (scales[number] * torch.cat([parameter.flatten() for parameter in read]).sum()).backward()
+
+    with order.watching(), sharing_cores(2) as pool:
+        return [future.exception() for future in [pool.submit(backward, n) for n in range(len(scales))]]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6, width=32), st.integers(0, 3)), min_size=1, max_size=6))
+def test_gradients_are_added_in_the_order_of_their_numbers_whatever_takes_how_long(passes):
+    scales, delays = zip(*passes, strict=True)
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
+    # The last parameter has no part in the first pass, as an expert that no token is sent to.
+    assert add_up(parameters, scales, delays, skips={(0, 3)}) == [None] * len(scales)
+    expected = torch.zeros(3)
+    for scale in scales:
+        expected = expected + scale
+    assert all(torch.equal(parameter.grad, expected) for parameter in parameters[:3])
+
+
+def test_nobody_waits_for_a_pass_that_failed():
+    parameters = [torch.nn.Parameter(torch.ones(3))]
+    failures = add_up(parameters, [1.0, 2.0, 4.0], [5, 0, 0], fails={0})
+    assert [str(failure) for failure in failures] == ["no more memory", "None", "None"]
+    assert parameters[0].grad.tolist() == [6.0] * 3
+    assert not left_running()
+
+
+def test_without_passes_at_once_gradients_come_as_ever():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    with GradientsInOrder([parameter], 1).watching():
+        pass
+    parameter.sum().backward()
+    assert parameter.grad.tolist() == [1.0] * 3

@@ -28,7 +28,7 @@ from critrm.errors import ConfigError, ModelError
 from critrm.pair_trainer import LanguageHead, make_trainer, scaled_warmup
 from critrm.reward_model import Reads, RewardModel
 from critrm.train import train_reward_model
-from critrm.training_data import collate, encode_pairs
+from critrm.training_data import collate, encode_pairs, packed_row
 from critrm.types import CritiquedPair
 
 
@@ -102,9 +102,56 @@ def test_passes_of_a_step_add_up_to_the_mean_over_its_pairs_and_fillers_do_not_c
     n_items = trainer._get_num_items_in_batch(passes, torch.device("cpu"))
     assert float(n_items) == 5
     with torch.no_grad():
-        single = [float(trainer.compute_loss(trainer.model, collate([pair]))) for pair in encoded]
-        total = sum(float(trainer.compute_loss(trainer.model, rows, num_items_in_batch=n_items)) for rows in passes)
+        single = [float(trainer.compute_loss(trainer.model, packed_row([pair]))) for pair in encoded]
+        rows = [row for each in passes for row in each["rows"]]
+        total = sum(float(trainer.compute_loss(trainer.model, row, num_items_in_batch=n_items)) for row in rows)
     assert total == pytest.approx(sum(single) / 5, rel=1e-5)
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rows_read_at_once_give_the_gradients_of_one_row_to_rounding_and_the_same_bits_again(
+    three_threads, checkpointing, tiny_model, arm, tmp_path
+):
+    config = _config(tiny_model, lm_weight=0.3, gradient_checkpointing=checkpointing)
+    model, encoded, trainer = _trainer(tiny_model, arm[:8], config, tmp_path)
+    assert trainer.n_at_once == 3
+    model.model.double()
+    passes = trainer.data_collator(encoded)
+    assert len(passes["rows"]) == 3
+    n_items = torch.tensor(8)
+
+    def gradients(inputs, threads=None):
+        model.model.zero_grad()
+        losses = [trainer.training_step(model.model, inputs, n_items) for _ in range(2)]  # two passes, added up
+        return [float(loss) for loss in losses], [parameter.grad for parameter in model.model.parameters()]
+
+    loss, expected = gradients({"rows": [packed_row(encoded)]})
+    at_once = [gradients(passes) for _ in range(5)]
+    for found_loss, found in at_once:
+        assert found_loss == pytest.approx(loss, rel=1e-6)
+        for one, other, again in zip(expected, found, at_once[0][1], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-8 * float(one.norm()) + 1e-12)
+            assert torch.equal(other, again)
+    assert found_loss == at_once[0][0]
+
+
+def test_a_model_that_draws_dropout_is_read_row_by_row(three_threads, tiny_model, arm, tmp_path):
+    model = RewardModel.from_backbone(str(tiny_model), Reads(critic="c"), seed=0)
+    model.model.config.attention_dropout = 0.1
+    config = _config(tiny_model)
+    encoded, _ = encode_pairs(arm[:4], model, config=config)
+    how = {"encoded": encoded, "held_out": [], "out": tmp_path, "seed": 0, "rate": 1e-3, "console": None}
+    trainer, _ = make_trainer(model, config, **how)
+    assert trainer.n_at_once == 1
+    assert len(trainer.data_collator(encoded)["rows"]) == 1
 
 
 def _language_model(kind, folder, tiny_model):
@@ -142,7 +189,7 @@ def test_critiques_are_predicted_as_the_backbone_predicts_them(kind, tiny_model,
     model = RewardModel.from_backbone(str(folder), Reads(critic="c"), seed=0)
     encoded, _ = encode_pairs(arm[:3], model, config=config)
     head = LanguageHead(model, str(folder))
-    inputs = collate(encoded)
+    inputs = packed_row(encoded)
     model.model(**{name: inputs[name] for name in pair_trainer.MODEL_INPUTS})
     found = head.losses(inputs).tolist()
 
@@ -192,7 +239,7 @@ def test_training_on_critiques_makes_them_likelier(tiny_model, arm, tmp_path):
         result = train_reward_model(arm, config, out=tmp_path / str(weight))
         model = RewardModel.load(result.folder, precision="fp32")
         head = LanguageHead(model, str(tiny_model))
-        inputs = collate(encode_pairs(arm, model, config=_config(tiny_model, lm_weight=1.0))[0])
+        inputs = packed_row(encode_pairs(arm, model, config=_config(tiny_model, lm_weight=1.0))[0])
         model.model(**{name: inputs[name] for name in pair_trainer.MODEL_INPUTS})
         critiques[weight] = head.losses(inputs).mean().item()
     assert critiques[1.0] < critiques[0.0] - 1

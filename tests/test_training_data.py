@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from critrm.batching import EncodedPair
 from critrm.config import TrainConfig
 from critrm.errors import ConfigError, DataError
-from critrm.reward_model import Reads, RewardModel
+from critrm.reward_model import CPU_ROW_TOKENS, Reads, RewardModel
 from critrm.training_data import (
     EpochSampler,
     ScoreScale,
@@ -21,6 +21,7 @@ from critrm.training_data import (
     drop_critiques,
     encode_pairs,
     margin_of,
+    packed_row,
 )
 from critrm.types import CritiquedPair
 
@@ -65,7 +66,7 @@ def test_the_critics_scores_become_targets_of_mean_0_and_spread_1(tiny_model, ar
     assert len(known) == 2 * len(arm) - 1 and math.isnan(pairs[1].scores[1])
     assert float(known.mean()) == pytest.approx(0, abs=1e-6)
     assert float(known.std(correction=0)) == pytest.approx(1)
-    assert collate(pairs)["scores"].shape == (len(arm), 2)
+    assert packed_row(pairs)["scores"].shape == (len(arm), 2)
     unasked = encode_pairs(scored, model, config=config)[0]
     assert all(math.isnan(score) for pair in unasked for score in pair.scores)
 
@@ -124,7 +125,7 @@ def test_what_fills_up_a_batch_weighs_nothing():
     assert len(data) == 2
     assert data[2].weight == 0
     assert data[2].encoded.pair_id == "b"
-    assert collate([data[0], data[2]])["weights"].tolist() == [1, 0]
+    assert packed_row([data[0], data[2]])["weights"].tolist() == [1, 0]
 
 
 LENGTHS = st.tuples(st.integers(1, 4), *[st.tuples(st.integers(0, 3), st.integers(0, 3)) for _ in range(2)])
@@ -148,9 +149,28 @@ def test_critique_tokens_are_predicted_from_the_token_before_them_in_their_own_s
         n_critiques = tuple(n for _, n in branches)
         encoded = EncodedPair(str(index), prompt, tuple(made))
         pairs.append(TrainingPair(encoded, n_critiques, critique_first=critique_first))
-    batch = collate(pairs)
+    batch = packed_row(pairs)
     tokens = batch["input_ids"][0, batch["critique_tokens"]].tolist()
     sources = batch["input_ids"][0, batch["critique_sources"]].tolist()
     assert list(zip(tokens, batch["critique_pairs"].tolist(), strict=True)) == expected
     assert sources == [followed[token] for token in tokens]
     assert batch["critique_sources"].dtype == torch.long
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=9), st.integers(2, 4))
+def test_rows_for_several_threads_hold_every_pair_once_and_are_even(lengths, n_at_once):
+    pairs = [
+        TrainingPair(EncodedPair(str(n), [7] * length, ([n], [8])), weight=float(n)) for n, length in enumerate(lengths)
+    ]
+    rows = collate(pairs, n_at_once=n_at_once)["rows"]
+    assert sorted(weight for row in rows for weight in row["weights"].tolist()) == [float(n) for n in range(len(pairs))]
+    sizes = [row["input_ids"].shape[1] for row in rows]
+    assert sum(sizes) == sum(pair.encoded.n_tokens for pair in pairs)
+    if len(pairs) >= n_at_once:
+        assert len(rows) >= n_at_once
+        # No row could be the longest by more than what one pair adds.
+        assert max(sizes) - min(sizes) <= max(pair.encoded.n_tokens for pair in pairs)
+    # A row has more tokens than fit the caches only by one pair.
+    assert max(sizes) <= CPU_ROW_TOKENS + max(pair.encoded.n_tokens for pair in pairs)
+    assert collate(pairs)["rows"][0]["weights"].tolist() == [pair.weight for pair in pairs]

@@ -15,7 +15,7 @@ from critrm.config import TrainConfig
 from critrm.models import load_tokenizer
 from critrm.pair_trainer import make_trainer
 from critrm.reward_model import Reads, RewardModel
-from critrm.training_data import collate, encode_pairs
+from critrm.training_data import encode_pairs, packed_row
 from critrm.types import CritiquedPair
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL still uses names that transformers has deprecated
@@ -42,7 +42,7 @@ def test_loss_and_gradients_are_those_of_trls_reward_trainer(center_weight, marg
     ours, _ = make_trainer(
         model, config, encoded=encoded, held_out=[], out=tmp_path / "ours", seed=0, rate=1e-4, console=console
     )
-    our_loss = ours.compute_loss(ours.model, collate(encoded))
+    our_loss = ours.compute_loss(ours.model, packed_row(encoded))
     our_loss.backward()
 
     theirs = _trl_trainer(tmp_path, encoded, margins=margins, center_weight=center_weight)

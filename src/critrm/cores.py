@@ -8,8 +8,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 
@@ -73,3 +73,51 @@ def computed(compute: Callable[[Item], Result], items: Iterable[Item], *, n: int
                 yield done, future.result()
         for done, future in waiting:
             yield done, future.result()
+
+
+class GradientsInOrder:
+    """Gradients of several backward passes at once, added up in the order of the passes' numbers.
+
+    A sum in floating point depends on its order, and whichever thread is the faster one must not decide it: a pass
+    waits, parameter by parameter, for what those before it add.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], n_passes: int) -> None:
+        """Args are the parameters that learn, and how many passes there will be, numbered from 0."""
+        self._parameters = list(parameters)
+        self._added: list[set[int]] = [set() for _ in range(n_passes)]
+        self._finished = [False] * n_passes
+        self._changed = threading.Condition()
+        self._this_thread = threading.local()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Backward passes within have their turns: each within `turn`, and started no later than those after it."""
+        with ExitStack() as hooks:
+            for number, parameter in enumerate(self._parameters):
+                leaf: Any = parameter  # its hooks are not typed
+                hooks.callback(leaf.register_hook(lambda _, number=number: self._wait(number)).remove)
+                tell = leaf.register_post_accumulate_grad_hook(lambda _, number=number: self._tell(number))
+                hooks.callback(tell.remove)
+            yield
+
+    @contextmanager
+    def turn(self, number: int) -> Iterator[None]:
+        """The pass of this number runs within, in this thread; nobody waits for it after that, even if it failed."""
+        self._this_thread.number = number
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._finished[number] = True
+                self._changed.notify_all()
+
+    def _wait(self, parameter: int) -> None:
+        before = range(self._this_thread.number)
+        with self._changed:
+            self._changed.wait_for(lambda: all(self._finished[n] or parameter in self._added[n] for n in before))
+
+    def _tell(self, parameter: int) -> None:
+        with self._changed:
+            self._added[self._this_thread.number].add(parameter)
+            self._changed.notify_all()

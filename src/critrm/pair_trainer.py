@@ -1,14 +1,17 @@
 """transformers' Trainer over packed rows, and how a run of it is set up (sections 3.2, 4.4)."""
 
 import contextlib
+import functools
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from rich.console import Console
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -16,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from critrm import models
 from critrm.callbacks import RichProgress, TimedCheckpoints
 from critrm.config import TrainConfig
+from critrm.cores import GradientsInOrder, n_side_by_side, sharing_cores
 from critrm.errors import ConfigError, ModelError
 from critrm.losses import critique_loss, reward_losses
 from critrm.reward_model import Reads, RewardModel
@@ -54,12 +58,12 @@ class LanguageHead:
         self._compare(language_model, backbone)
         if self.tied:
             self.head = model.get_input_embeddings()
-        self._hidden = torch.empty(0)
+        self._kept = threading.local()  # several threads may each have read a row
         # A hook, since the classifier returns rewards only.
         model.base_model.register_forward_hook(self._keep_hidden)
 
     def _keep_hidden(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self._hidden = output.last_hidden_state
+        self._kept.hidden = output.last_hidden_state
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self.head.to(hidden.device)
@@ -84,8 +88,9 @@ class LanguageHead:
             )
 
     def losses(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """(n_pairs,) losses on the critique tokens of the row that the model has just read."""
-        hidden, self._hidden = self._hidden[0, inputs["critique_sources"]], torch.empty(0)
+        """(n_pairs,) losses on the critique tokens of the row that the model has just read in this thread."""
+        hidden = self._kept.hidden[0, inputs["critique_sources"]]
+        del self._kept.hidden
         logits = self._logits(hidden)
         targets = inputs["input_ids"][0, inputs["critique_tokens"]]
         return critique_loss(logits, targets, inputs["critique_pairs"], n_pairs=len(inputs["margins"]))
@@ -98,6 +103,8 @@ class PairTrainer(Trainer):
         """Takes what Trainer takes, what is minimised, and the head that predicts critiques if they are predicted."""
         super().__init__(**kwargs)
         self.config, self.language_head = config, language_head
+        self.n_at_once = 1 if self._must_read_row_by_row() else n_side_by_side(self.args.device)
+        self.data_collator = functools.partial(collate, n_at_once=self.n_at_once)
         # The loss below divides by the pairs of the whole optimiser step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
 
@@ -107,12 +114,44 @@ class PairTrainer(Trainer):
         multiple = self.args.per_device_train_batch_size * world if world > 1 else 1
         return EpochSampler(len(data), seed=self.args.seed, multiple=multiple)
 
+    def _must_read_row_by_row(self) -> bool:
+        """Other processes average each gradient as it comes; dropout draws from one generator, in a thread's order."""
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config().to_dict()
+        drops = any("drop" in name and isinstance(value, float) and value > 0 for name, value in config.items())
+        return drops or self.accelerator.distributed_type != DistributedType.NO
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """Pairs of the optimiser step per process: the processes' gradients then average to the mean over pairs."""
-        n_pairs = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
+        rows = [row for batch in batch_samples for row in batch["rows"]]
+        n_pairs = torch.stack([row["weights"].sum() for row in rows]).sum().to(device)
         gathered: torch.Tensor = self.accelerator.gather(n_pairs)
         mean: torch.Tensor = gathered.sum() / self.accelerator.num_processes
         return mean
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """What the Trainer keeps count of, for a pass."""
+        return sum(super(PairTrainer, self).floating_point_ops(row) for row in inputs["rows"])
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of a pass's rows: as many at once as there are threads for (`critrm.cores`).
+
+        The gradients, and the loss that is returned, are added up in the order of the rows.
+        """
+        read = functools.partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        rows = inputs["rows"]
+        if len(rows) == 1:
+            return read(rows[0])
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        order = GradientsInOrder(learning, len(rows))
+
+        def read_in_turn(number: int) -> torch.Tensor:
+            with order.turn(number):
+                return read(rows[number])
+
+        with order.watching(), sharing_cores(min(self.n_at_once, len(rows))) as pool:
+            return torch.stack(list(pool.map(read_in_turn, range(len(rows))))).sum()
 
     def compute_loss(
         self,
@@ -156,9 +195,9 @@ class PairTrainer(Trainer):
         self.model_wrapped.eval()
         for start in range(0, n_pairs, per_pass):
             pairs = [data[index] for index in range(start, min(start + per_pass, n_pairs))]
-            inputs: dict[str, Any] = self._prepare_inputs(self.data_collator(pairs))
-            rewards = self.model_wrapped(**{name: inputs[name] for name in MODEL_INPUTS})
-            total += float(self._reward_losses(rewards, inputs).sum())
+            for row in self._prepare_inputs(self.data_collator(pairs))["rows"]:
+                rewards = self.model_wrapped(**{name: row[name] for name in MODEL_INPUTS})
+                total += float(self._reward_losses(rewards, row).sum())
         self.model_wrapped.train()
         metrics = {f"{metric_key_prefix}_loss": total / n_pairs}
         self.log(metrics)
@@ -233,7 +272,6 @@ def make_trainer(
         args=arguments,
         train_dataset=TrainingPairs(encoded),
         eval_dataset=TrainingPairs(held_out) if held_out else None,
-        data_collator=collate,
         callbacks=callbacks,
     )
     if config.load_in_4bit and _is_sharded(trainer):
@@ -276,7 +314,7 @@ def _arguments(config: TrainConfig, *, out: Path) -> dict[str, Any]:
         "num_train_epochs": config.n_epochs,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": config.min_learning_rate_share},
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "weight_decay": 0.0,
         "bf16": precision == "bf16",
         "use_cpu": device == "cpu",

@@ -13,7 +13,7 @@ from critrm.augment import segment_pair, text_encoder
 from critrm.batching import EncodedPair, pack
 from critrm.config import TrainConfig
 from critrm.errors import ConfigError, DataError
-from critrm.reward_model import RewardModel
+from critrm.reward_model import CPU_ROW_TOKENS, RewardModel
 from critrm.types import NO_CRITIC, CritiquedPair
 
 
@@ -165,7 +165,26 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         yield from [self.n_pairs] * self.n_fill
 
 
-def collate(pairs: list[TrainingPair]) -> dict[str, Any]:
+def collate(pairs: list[TrainingPair], *, n_at_once: int = 1) -> dict[str, list[dict[str, Any]]]:
+    """The pairs of one pass as `rows`: a single one, or several of about equal length for threads that work at once.
+
+    Args:
+        pairs: at least one.
+        n_at_once: how many threads there are. Each gets as many rows as it takes for them to fit a CPU's caches.
+    """
+    if n_at_once == 1:
+        return {"rows": [packed_row(pairs)]}
+    n_tokens = sum(pair.encoded.n_tokens for pair in pairs)
+    rows: list[list[TrainingPair]] = [[] for _ in range(n_at_once * math.ceil(n_tokens / n_at_once / CPU_ROW_TOKENS))]
+    lengths = [0] * len(rows)
+    for pair in sorted(pairs, key=lambda pair: -pair.encoded.n_tokens):
+        shortest = lengths.index(min(lengths))
+        rows[shortest].append(pair)
+        lengths[shortest] += pair.encoded.n_tokens
+    return {"rows": [packed_row(row) for row in rows if row]}
+
+
+def packed_row(pairs: list[TrainingPair]) -> dict[str, Any]:
     """One packed row of several pairs, with the critique tokens to predict, as the Trainer passes it on.
 
     Returns:
