@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from critrm.batching import EncodedPair
 from critrm.config import TrainConfig
 from critrm.errors import ConfigError, DataError
-from critrm.reward_model import CPU_ROW_TOKENS, Reads, RewardModel
+from critrm.reward_model import Reads, RewardModel
 from critrm.training_data import (
+    TRAINING_ROW_TOKENS,
     EpochSampler,
     ScoreScale,
     TrainingPair,
@@ -171,6 +172,6 @@ def test_rows_for_several_threads_hold_every_pair_once_and_are_even(lengths, n_a
         assert len(rows) >= n_at_once
         # No row could be the longest by more than what one pair adds.
         assert max(sizes) - min(sizes) <= max(pair.encoded.n_tokens for pair in pairs)
-    # A row has more tokens than fit the caches only by one pair.
-    assert max(sizes) <= CPU_ROW_TOKENS + max(pair.encoded.n_tokens for pair in pairs)
+    # A row has more tokens than it should only by one pair.
+    assert max(sizes) <= TRAINING_ROW_TOKENS + max(pair.encoded.n_tokens for pair in pairs)
     assert collate(pairs)["rows"][0]["weights"].tolist() == [pair.weight for pair in pairs]

@@ -13,8 +13,12 @@ from critrm.augment import segment_pair, text_encoder
 from critrm.batching import EncodedPair, pack
 from critrm.config import TrainConfig
 from critrm.errors import ConfigError, DataError
-from critrm.reward_model import CPU_ROW_TOKENS, RewardModel
+from critrm.reward_model import RewardModel
 from critrm.types import NO_CRITIC, CritiquedPair
+
+TRAINING_ROW_TOKENS = 2048
+"""What one of several threads reads at once. Of a longer row more has to be kept for the backward pass; and that of
+each row, however short, computes a gradient of the whole embedding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +174,14 @@ def collate(pairs: list[TrainingPair], *, n_at_once: int = 1) -> dict[str, list[
 
     Args:
         pairs: at least one.
-        n_at_once: how many threads there are. Each gets as many rows as it takes for them to fit a CPU's caches.
+        n_at_once: how many threads there are; each gets as many rows as it takes to keep them to `TRAINING_ROW_TOKENS`.
     """
     if n_at_once == 1:
         return {"rows": [packed_row(pairs)]}
     n_tokens = sum(pair.encoded.n_tokens for pair in pairs)
-    rows: list[list[TrainingPair]] = [[] for _ in range(n_at_once * math.ceil(n_tokens / n_at_once / CPU_ROW_TOKENS))]
+    rows: list[list[TrainingPair]] = [
+        [] for _ in range(n_at_once * math.ceil(n_tokens / n_at_once / TRAINING_ROW_TOKENS))
+    ]
     lengths = [0] * len(rows)
     for pair in sorted(pairs, key=lambda pair: -pair.encoded.n_tokens):
         shortest = lengths.index(min(lengths))
