@@ -82,6 +82,31 @@ def test_the_result_does_not_depend_on_the_passes_a_step_is_split_into(tiny_mode
             torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
 
 
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_threads_that_share_a_step_give_the_same_bits_again_and_one_threads_result_to_rounding(
+    checkpointing, set_threads, tiny_model, arm, tmp_path
+):
+    def weights(name, n_threads):
+        set_threads(n_threads)
+        config = _config(tiny_model, gradient_checkpointing=checkpointing).model_copy(update={"precision": "bf16"})
+        result = train_reward_model(arm[:20], config, out=tmp_path / name, seed=1)
+        return result.loss, load_file(result.folder / "model.safetensors")
+
+    (alone, expected), (loss, first), (again, second) = weights("alone", 1), weights("first", 3), weights("second", 3)
+    assert loss == again
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert loss == pytest.approx(alone, rel=0.02)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(first[name], tensor, atol=0.02, rtol=0.05)
+
+
 def test_a_finished_run_is_not_repeated_and_leaves_no_checkpoints(tiny_model, arm, tmp_path):
     first = train_reward_model(arm, _config(tiny_model), out=tmp_path, seed=0)
     stamp = (first.folder / "model.safetensors").stat().st_mtime_ns
