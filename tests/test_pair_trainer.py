@@ -128,7 +128,7 @@ def test_rows_read_at_once_give_the_gradients_of_one_row_to_rounding_and_the_sam
     assert len(passes["rows"]) == 3
     n_items = torch.tensor(8)
 
-    def gradients(inputs, threads=None):
+    def gradients(inputs):
         model.model.zero_grad()
         losses = [trainer.training_step(model.model, inputs, n_items) for _ in range(2)]  # two passes, added up
         return [float(loss) for loss in losses], [parameter.grad for parameter in model.model.parameters()]
