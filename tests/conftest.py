@@ -28,6 +28,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CRITRM_CACHE", str(tmp_path / "critrm-cache"))
 
 
+@pytest.fixture
+def set_threads():
+    """Sets the number of torch's threads; it is as before when the test ends."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer random Llama and a byte-level tokenizer whose pad token is its eos, as SmolLM2's is."""

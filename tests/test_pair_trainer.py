@@ -108,18 +108,11 @@ def test_passes_of_a_step_add_up_to_the_mean_over_its_pairs_and_fillers_do_not_c
     assert total == pytest.approx(sum(single) / 5, rel=1e-5)
 
 
-@pytest.fixture
-def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_rows_read_at_once_give_the_gradients_of_one_row_to_rounding_and_the_same_bits_again(
-    three_threads, checkpointing, tiny_model, arm, tmp_path
+    set_threads, checkpointing, tiny_model, arm, tmp_path
 ):
+    set_threads(3)
     config = _config(tiny_model, lm_weight=0.3, gradient_checkpointing=checkpointing)
     model, encoded, trainer = _trainer(tiny_model, arm[:8], config, tmp_path)
     assert trainer.n_at_once == 3
@@ -143,7 +136,8 @@ def test_rows_read_at_once_give_the_gradients_of_one_row_to_rounding_and_the_sam
     assert found_loss == at_once[0][0]
 
 
-def test_a_model_that_draws_dropout_is_read_row_by_row(three_threads, tiny_model, arm, tmp_path):
+def test_a_model_that_draws_dropout_is_read_row_by_row(set_threads, tiny_model, arm, tmp_path):
+    set_threads(3)
     model = RewardModel.from_backbone(str(tiny_model), Reads(critic="c"), seed=0)
     model.model.config.attention_dropout = 0.1
     config = _config(tiny_model)

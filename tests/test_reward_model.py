@@ -60,18 +60,10 @@ def test_the_saved_model_loads_with_plain_transformers_and_gives_the_same_reward
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
 
 
-@pytest.fixture
-def n_threads():
-    """Torch's, set by the test; as before when it ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @given(max_tokens=st.integers(1, 3000), n=st.integers(1, 4), order=st.randoms())
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_scores_do_not_depend_on_batch_size_threads_or_order(reward_model, items, n_threads, max_tokens, n, order):
-    n_threads(n)
+def test_scores_do_not_depend_on_batch_size_threads_or_order(reward_model, items, set_threads, max_tokens, n, order):
+    set_threads(n)
     alone = {item.pair.id: reward_model.score([item])[0] for item in items}
     shuffled = list(items)
     order.shuffle(shuffled)

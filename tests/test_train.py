@@ -82,13 +82,6 @@ def test_the_result_does_not_depend_on_the_passes_a_step_is_split_into(tiny_mode
             torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_threads_that_share_a_step_give_the_same_bits_again_and_one_threads_result_to_rounding(
     checkpointing, set_threads, tiny_model, arm, tmp_path
